@@ -1,0 +1,101 @@
+"""The sender: even dealing, chunk sizes, what it refuses."""
+
+from __future__ import annotations
+
+import random
+
+import pyarrow as pa
+import pytest
+from feed_cluster import fake_cluster, numbered
+
+from tfos_magic.errors import DataError, FeedError
+from tfos_magic.feed.receiver import ChunkReady
+from tfos_magic.feed.sender import FeedPlan, feed_partition
+
+
+@pytest.mark.parametrize("sizes", [[1] * 10, [0, 0, 1, 0], [9999, 1, 0, 3], [7] * 30, [0] * 3])
+def test_totals_of_nodes_differ_little_and_no_row_is_lost(tmp_path, sizes):
+    with fake_cluster(3, tmp_path, chunk_bytes=2000) as cluster:
+        start = 0
+        for partition, size in enumerate(sizes):
+            assert sum(cluster.feed(numbered(size, start), partition)) == size
+            start += size
+        totals = cluster.end()
+        assert max(totals) - min(totals) <= 2
+        assert sorted(cluster.rows()) == list(range(start)) if start else True
+
+
+def test_many_partitions_of_any_size_stay_even(tmp_path):
+    sizes = [random.Random(1).randrange(40) for _ in range(100)]
+    with fake_cluster(4, tmp_path) as cluster:
+        for partition, size in enumerate(sizes):
+            cluster.feed(numbered(size), partition)
+        totals = cluster.end()
+        assert sum(totals) == sum(sizes)
+        assert max(totals) - min(totals) <= 12
+
+
+def test_chunks_have_about_the_size_asked_for_whatever_the_batches(tmp_path):
+    with fake_cluster(2, tmp_path, chunk_bytes=100_000) as cluster:
+        cluster.feed(numbered(50_000, batch_rows=50_000), 0)  # one big batch is split
+        cluster.feed(numbered(50_000, batch_rows=50), 1)  # many tiny ones are joined
+        sizes = [n.length_bytes for node in cluster.nodes for n in node.notices if isinstance(n, ChunkReady)]
+        assert 12 <= len(sizes) <= 24
+        assert max(sizes) < 200_000
+        cluster.end()
+        assert len(cluster.rows()) == 100_000
+
+
+def test_every_node_learns_the_columns_even_without_a_row(tmp_path):
+    with fake_cluster(3, tmp_path) as cluster:
+        cluster.feed(numbered(1), 0)
+        assert cluster.end() == [1, 0, 0]
+        assert [node.train.schema.names for node in cluster.nodes] == [["x", "y"]] * 3
+        assert [len(node.rows()) for node in cluster.nodes] == [1, 0, 0]
+
+
+def test_empty_partition_asks_for_its_commit_too(tmp_path):
+    with fake_cluster(2, tmp_path) as cluster:
+        asked: list[list[int]] = []
+        feed_partition(iter([numbered(1)[0].slice(0, 0)]), cluster.plan, 0, 1, lambda rows: asked.append(rows) or True)
+        assert asked == [[0, 0]]
+
+
+def test_slices_travel_without_the_rest_of_their_batch(tmp_path):
+    with fake_cluster(2, tmp_path) as cluster:
+        lists = pa.array([[float(n)] * 100 for n in range(1000)], pa.list_(pa.float32()))
+        cluster.feed([pa.record_batch({"x": lists, "y": pa.array(range(1000))})], 0)
+        cluster.end()
+        sizes = [n.length_bytes for n in cluster.nodes[1].notices if isinstance(n, ChunkReady)]
+        assert sum(sizes) < 1.1 * 500 * 412
+        assert [row[0] for row in cluster.rows("x")] == cluster.rows("y")
+
+
+def test_dictionary_columns_arrive_written_out(tmp_path):
+    with fake_cluster(2, tmp_path) as cluster:
+        words = pa.array(["a", "b", "a", "c"]).dictionary_encode()
+        cluster.feed([pa.record_batch({"y": words})], 0)
+        cluster.end()
+        assert sorted(cluster.rows()) == ["a", "a", "b", "c"]
+
+
+def test_nulls_are_refused_with_column_count_and_cure(tmp_path):
+    with fake_cluster(2, tmp_path) as cluster:
+        batch = pa.record_batch({"x": pa.array([1.0, None, None]), "y": pa.array([1, 2, 3])})
+        with pytest.raises(DataError) as caught:
+            cluster.feed([batch], 0)
+        assert "Column 'x' of feed 'train' holds 2 nulls in 3 rows." in str(caught.value)
+        assert 'df.dropna(subset=["x"])' in caught.value.hint
+        inside = pa.record_batch({"x": pa.array([[1.0, None], [2.0]]), "y": pa.array([1, 2])})
+        with pytest.raises(DataError, match="1 nulls inside its lists in 2 rows"):
+            cluster.feed([inside], 0)
+
+
+def test_node_that_is_not_there_is_named():
+    plan = FeedPlan("train", b"secret", (("127.0.0.1", 1),))
+    with pytest.raises(FeedError, match=r"could not connect to node 0 at 127\.0\.0\.1:1"):
+        feed_partition(iter(numbered(1)), plan, 0, 1, lambda rows: True)
+
+
+def test_secret_is_not_in_the_repr():
+    assert "hush" not in repr(FeedPlan("train", b"hush", ()))

@@ -1,0 +1,162 @@
+"""The ring by itself: its nodes are threads here, its connections real."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+from training_harness import held_ports
+
+from tfos_magic.errors import RendezvousError, StalledError
+from tfos_magic.training.ring import PeerLostError, Ring, RingPlan
+
+
+def plans(ports: list[int], secret: bytes = b"s") -> list[RingPlan]:
+    names = tuple(f"worker:{rank}" for rank in range(len(ports)))
+    addresses = tuple(f"127.0.0.1:{port}" for port in ports)
+    return [RingPlan(names, addresses, rank, secret) for rank in range(len(ports))]
+
+
+def on_ring(count: int, action: Callable[[Ring], Any]) -> list[Any]:
+    """Return what `action` returns, or raises, on each node of a new ring."""
+
+    def node(plan: RingPlan) -> Any:
+        ring = Ring.connect(plan, timeout_s=20)
+        try:
+            return action(ring)
+        except Exception as error:
+            return error
+        finally:
+            ring.close()
+
+    with held_ports(count) as ports, ThreadPoolExecutor(count) as pool:
+        return list(pool.map(node, plans(ports)))
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_sums_are_right_and_the_same_bits_on_every_node(count: int) -> None:
+    random = np.random.default_rng(0)
+    sizes = [0, 1, 2, 7, 1000, 400_000]
+    inputs = [[random.normal(size=size).astype("float32") for size in sizes] for _ in range(count)]
+
+    def action(ring: Ring) -> list[Any]:
+        return [ring.all_reduce(values, "sum") for values in inputs[ring.plan.rank]]
+
+    results = on_ring(count, action)
+    for index in range(len(sizes)):
+        expected = np.sum([values[index].astype("float64") for values in inputs], 0)
+        np.testing.assert_allclose(results[0][index], expected, atol=1e-5)
+        assert len({result[index].tobytes() for result in results}) == 1
+
+
+def test_input_is_left_as_it_is() -> None:
+    values = [np.ones(5), np.ones(5)]
+    on_ring(2, lambda ring: ring.all_reduce(values[ring.plan.rank], "sum"))
+    assert values[0].tolist() == values[1].tolist() == [1] * 5
+
+
+def test_integers_and_doubles_keep_their_type() -> None:
+    def action(ring: Ring) -> Any:
+        big = 2**60 + ring.plan.rank
+        return ring.gather(np.array([big]), "g").ravel().tolist(), ring.all_reduce(np.array([0.1]), "d").dtype.str
+
+    assert on_ring(2, action) == [([2**60, 2**60 + 1], "<f8")] * 2
+
+
+def test_parts_of_different_lengths_are_joined_in_order() -> None:
+    def action(ring: Ring) -> Any:
+        return ring.concatenate(np.full((ring.plan.rank, 2), ring.plan.rank, "float32"), "parts").tolist()
+
+    assert on_ring(3, action) == [[[1, 1], [2, 2], [2, 2]]] * 3
+
+
+def test_bytes_sent_are_the_least_possible() -> None:
+    def action(ring: Ring) -> int:
+        before = ring.bytes_sent
+        ring.all_reduce(np.zeros(300_000, "float32"), "sum")
+        return ring.bytes_sent - before
+
+    least = 2 * (3 - 1) / 3 * 1_200_000
+    assert all(least <= sent < 1.001 * least for sent in on_ring(3, action))
+
+
+def test_nodes_at_different_places_are_an_error_that_names_both() -> None:
+    first, second = on_ring(2, lambda ring: ring.all_reduce(np.zeros(1), ["fit", "evaluate"][ring.plan.rank]))
+    assert isinstance(first, StalledError)
+    assert "worker:0 is at 'fit' while worker:1 is at 'evaluate'" in str(first)
+    assert isinstance(second, (StalledError, PeerLostError))
+
+
+def test_different_lengths_are_an_error_with_the_numbers() -> None:
+    results = on_ring(2, lambda ring: ring.all_reduce(np.zeros(3 + ring.plan.rank), "x"))
+    assert any(isinstance(r, StalledError) and "3 numbers" in str(r) and "with 4" in str(r) for r in results)
+
+
+def test_lost_peer_is_named_and_stays_lost() -> None:
+    def action(ring: Ring) -> Any:
+        if ring.plan.rank == 1:
+            return None
+        with pytest.raises(PeerLostError) as first:
+            ring.all_reduce(np.zeros(10), "gradients")
+        with pytest.raises(PeerLostError) as again:
+            ring.all_reduce(np.zeros(10), "gradients")
+        assert again.value is first.value
+        return first.value
+
+    error, _ = on_ring(2, action)
+    assert error.peer == "worker:1"
+    assert "'gradients'" in error.fact
+
+
+def test_node_that_ends_early_but_has_sent_all_is_no_loss() -> None:
+    for _ in range(20):
+        results = on_ring(4, lambda ring: float(ring.all_reduce(np.ones(1), "last")[0]))
+        assert results == [4.0] * 4
+
+
+def test_strangers_are_turned_away_and_do_not_block() -> None:
+    with held_ports(2) as ports, ThreadPoolExecutor(2) as pool:
+        ours = plans(ports)
+        first = pool.submit(Ring.connect, ours[0], timeout_s=20)
+        stranger = _connect_when_open(ports[0])
+        stranger.recv(16)
+        stranger.sendall(b"x" * 48)
+        second = pool.submit(Ring.connect, ours[1], timeout_s=20)
+        for ring in (first.result(), second.result()):
+            ring.close()
+        stranger.close()
+
+
+def test_wrong_secret_never_meets() -> None:
+    with held_ports(2) as ports, ThreadPoolExecutor(2) as pool:
+        pair = [plans(ports)[0], plans(ports, b"other")[1]]
+        futures = [pool.submit(Ring.connect, plan, timeout_s=0.5) for plan in pair]
+        errors = [future.exception() for future in futures]
+    assert all(isinstance(error, RendezvousError) for error in errors)
+
+
+def test_missing_node_is_named() -> None:
+    before = threading.active_count()
+    with held_ports(2) as ports, pytest.raises(RendezvousError, match="worker:0 could not meet worker:1"):
+        Ring.connect(plans(ports)[0], timeout_s=0.3)
+    assert threading.active_count() == before
+
+
+def test_address_of_another_machine_is_explained() -> None:
+    plan = RingPlan(("worker:0", "worker:1"), ("192.0.2.1:1", "127.0.0.1:1"), 0)
+    with pytest.raises(RendezvousError, match=r"cannot listen on 192\.0\.2\.1:1"):
+        Ring.connect(plan, timeout_s=0.1)
+
+
+def _connect_when_open(port: int) -> socket.socket:
+    for _ in range(200):
+        try:
+            return socket.create_connection(("127.0.0.1", port), timeout=5)
+        except ConnectionRefusedError:
+            threading.Event().wait(0.01)
+    raise AssertionError("nobody listens")

@@ -1,0 +1,596 @@
+"""What a node does in the tests of training: each case is a function that returns what it found, as JSON can hold it.
+
+Run as ``python training_cases.py RESULT_FILE CASE…`` with TF_CONFIG set, by training_harness.py.
+
+Node 0 also trains the *reference*, a plain Keras model in one process on whole batches, and reports how far the
+distributed model is from it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import logging
+import os
+import pickle
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tfos_magic import training
+
+BATCH = 8
+CLASSES = 3
+WIDTH = 6
+
+
+@dataclass
+class Context:
+    """The part of NodeContext that training uses."""
+
+    job_name: str
+    task_index: int
+    cluster_spec: dict[str, list[str]]
+    reports: list[dict[str, Any]] = field(default_factory=list)
+    epochs: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    secret: bytes = b"known to the nodes"
+
+    @classmethod
+    def from_environment(cls) -> Context:
+        config = json.loads(os.environ["TF_CONFIG"])
+        return cls(config["task"]["type"], config["task"]["index"], config["cluster"])
+
+    @property
+    def num_nodes(self) -> int:
+        return sum(len(addresses) for addresses in self.cluster_spec.values())
+
+    @property
+    def rank(self) -> int:
+        return self.task_index + (len(self.cluster_spec.get("chief", ())) if self.job_name == "worker" else 0)
+
+    @property
+    def is_chief(self) -> bool:
+        return self.rank == 0
+
+    def report(self, **metrics: Any) -> None:
+        self.reports.append(metrics)
+
+    def report_epoch(self, epoch: int, logs: dict[str, float]) -> None:
+        self.epochs.append((epoch, dict(logs)))
+
+
+# --- data -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Columns of equal length."""
+
+    columns: tuple[Any, ...]
+
+    def take(self, rows: Any) -> tuple[Any, ...]:
+        return tuple(column[rows] for column in self.columns)
+
+    def dataset(self, batches: list[Any], *, knows_size: bool = True) -> tf.data.Dataset:
+        def generate() -> Iterator[tuple[Any, ...]]:
+            for batch in batches:
+                yield self.take(batch)
+
+        spec = tuple(tf.TensorSpec((None, *c.shape[1:]), c.dtype) for c in self.columns)
+        dataset = tf.data.Dataset.from_generator(generate, output_signature=spec)
+        return dataset.apply(tf.data.experimental.assert_cardinality(len(batches))) if knows_size else dataset
+
+
+def classification(count: int = 150, *, weights: bool = False) -> Rows:
+    random = np.random.default_rng(7)
+    x = random.normal(size=(count, WIDTH)).astype("float32")
+    y = (x[:, :CLASSES] + random.normal(size=(count, CLASSES))).argmax(1).astype("int64")
+    return Rows((x, y, random.uniform(0.2, 2, count).astype("float32")) if weights else (x, y))
+
+
+def uneven(count: int, nodes: int) -> list[list[Any]]:
+    """Deal rows as unfairly as can be: each node has its own number of rows and goes on with empty batches.
+
+    Returns
+    -------
+    list of list of array of int
+        Per step, per node, which rows. The last node runs out first.
+    """
+    shares = np.cumsum(np.arange(nodes, 0, -1) + 0.5)
+    bounds = [0, *np.round(shares / shares[-1] * count).astype(int)]
+    own = [np.arange(a, b) for a, b in itertools.pairwise(bounds)]
+    steps = -(-max(map(len, own)) // BATCH)
+    return [[rows[step * BATCH : (step + 1) * BATCH] for rows in own] for step in range(steps)]
+
+
+# --- the test of truth ----------------------------------------------------------------------------------------
+
+
+class Snapshots(keras.callbacks.Callback):
+    """The weights after each epoch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights: list[list[Any]] = []
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        self.weights.append([np.array(w) for w in self.model.get_weights()])
+
+
+def digest(model: Any) -> str:
+    arrays = [np.asarray(v.value) for v in (*model.weights, *model.optimizer.variables)]
+    return hashlib.sha256(b"".join(a.tobytes() for a in arrays)).hexdigest()
+
+
+def distance(left: Any, right: Any) -> float:
+    """Return the largest difference, infinite where one is not a number."""
+    gaps = [np.abs(np.asarray(a) - np.asarray(b)).max(initial=0) for a, b in zip(left, right, strict=True)]
+    return float(np.nan_to_num(max(gaps), nan=np.inf))
+
+
+def follow(
+    ctx: Context,
+    build: Callable[[], Any],
+    rows: Rows | None = None,
+    *,
+    epochs: int = 2,
+    has_reference: bool = True,
+    before_compile: bool = False,
+    **fit_arguments: Any,
+) -> dict[str, Any]:
+    """Train `build()` over the nodes, and on node 0 also the same in one process; say how they differ."""
+    rows = rows or classification()
+    layout = uneven(len(rows.columns[0]), ctx.num_nodes)
+    keras.utils.set_random_seed(100 + ctx.rank)  # different initial weights: node 0's must win
+    model = build()
+    initial = model.get_weights() if model.built else None
+    training.distribute(model, ctx)
+    seen = Snapshots()
+    mine = [step[ctx.rank] for step in layout]
+    share = rows.dataset(mine)
+    fit = model.fit(share, epochs=epochs, validation_data=share, callbacks=[seen], **fit_arguments)
+    evaluated = model.evaluate(share, return_dict=True, verbose=0)
+    found = {
+        "digest": digest(model),
+        "history": {k: [float(x) for x in v] for k, v in fit.history.items()},
+        "evaluated": {k: float(v) for k, v in evaluated.items()},
+        "empty_batches": sum(len(batch) == 0 for batch in mine),
+    }
+    if has_reference and ctx.is_chief:
+        found |= compare(build, initial, rows.dataset([np.concatenate(s) for s in layout]), seen, found, fit_arguments)
+    return found
+
+
+def compare(
+    build: Callable[[], Any], initial: Any, whole: Any, seen: Snapshots, found: dict[str, Any], fit_arguments: Any
+) -> dict[str, Any]:
+    """Train the reference."""
+    keras.utils.set_random_seed(100)
+    model = build()
+    if initial is not None:
+        model.set_weights(initial)
+    reference = Snapshots()
+    epochs = len(seen.weights)
+    history = model.fit(
+        whole, epochs=epochs, validation_data=whole, verbose=0, callbacks=[reference], **fit_arguments
+    ).history
+    evaluated = model.evaluate(whole, return_dict=True, verbose=0)
+    assert set(history) == set(found["history"]), (set(history), set(found["history"]))
+    return {
+        "weights_off": [distance(a, b) for a, b in zip(seen.weights, reference.weights, strict=True)],
+        "history_off": {k: distance([found["history"][k]], [v]) for k, v in history.items()},
+        "evaluated_off": distance([found["evaluated"][k] for k in evaluated], list(evaluated.values())),
+        "moved": distance(reference.weights[0], reference.weights[-1]),
+    }
+
+
+# --- models ---------------------------------------------------------------------------------------------------
+
+
+def dense(optimizer: Any, **compile_arguments: Any) -> Any:
+    model = keras.Sequential(
+        [
+            keras.Input((WIDTH,)),
+            keras.layers.Dense(10, "relu", kernel_regularizer="l2"),
+            keras.layers.Dense(CLASSES, "softmax"),
+        ]
+    )
+    arguments: dict[str, Any] = {"metrics": ["accuracy"], **compile_arguments}
+    model.compile(optimizer, "sparse_categorical_crossentropy", **arguments)
+    return model
+
+
+def sgd() -> Any:
+    return keras.optimizers.SGD(0.1, momentum=0.9)
+
+
+def case_sgd(ctx: Context) -> dict[str, Any]:
+    found = follow(ctx, lambda: dense(sgd()))
+    return found | {"reported": ctx.epochs[-3:], "steps": ctx.reports}
+
+
+def case_adam(ctx: Context) -> dict[str, Any]:
+    return follow(ctx, lambda: dense(keras.optimizers.Adam(0.01)))
+
+
+def case_unbuilt(ctx: Context) -> dict[str, Any]:
+    def build() -> Any:
+        model = keras.Sequential([keras.layers.Dense(10, "relu"), keras.layers.Dense(CLASSES)])
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile("adam", loss, metrics=["accuracy"])
+        return model
+
+    return follow(ctx, build)
+
+
+def case_weights(ctx: Context) -> dict[str, Any]:
+    def build() -> Any:
+        return dense(keras.optimizers.Adam(0.01), weighted_metrics=["accuracy"])
+
+    return follow(ctx, build, classification(weights=True))
+
+
+def case_class_weight(ctx: Context) -> dict[str, Any]:
+    return follow(ctx, lambda: dense(sgd()), class_weight={0: 1.0, 1: 3.0, 2: 0.5})
+
+
+def case_embedding(ctx: Context) -> dict[str, Any]:
+    random = np.random.default_rng(3)
+    x = random.integers(0, 50, (150, 4))
+    rows = Rows((x, (x.sum(1) % 2).astype("float32")))
+
+    def build() -> Any:
+        layers = [keras.Input((4,)), keras.layers.Embedding(50, 8), keras.layers.Flatten()]
+        model = keras.Sequential([*layers, keras.layers.Dense(1, "sigmoid")])
+        metrics = [keras.metrics.AUC(name="auc"), keras.metrics.Precision(name="precision")]
+        model.compile(keras.optimizers.Adam(0.01), "binary_crossentropy", metrics=metrics)
+        return model
+
+    return follow(ctx, build, rows)
+
+
+def case_clipped(ctx: Context) -> dict[str, Any]:
+    def build() -> Any:
+        optimizer = keras.optimizers.AdamW(0.01, weight_decay=0.1, global_clipnorm=0.1, use_ema=True, ema_momentum=0.9)
+        return dense(optimizer, metrics=[keras.metrics.SparseTopKCategoricalAccuracy(2)])
+
+    return follow(ctx, build)
+
+
+def case_eager(ctx: Context) -> dict[str, Any]:
+    return follow(ctx, lambda: dense(sgd(), run_eagerly=True), epochs=1)
+
+
+def case_several_steps(ctx: Context) -> dict[str, Any]:
+    return follow(ctx, lambda: dense(sgd(), steps_per_execution=4))
+
+
+def case_two_outputs(ctx: Context) -> dict[str, Any]:
+    random = np.random.default_rng(5)
+    x = random.normal(size=(150, WIDTH)).astype("float32")
+
+    def build() -> Any:
+        inputs = keras.Input((WIDTH,))
+        hidden = keras.layers.Dense(8, "tanh")(inputs)
+        outputs = [keras.layers.Dense(1, name="a")(hidden), keras.layers.Dense(2, name="b")(hidden)]
+        model = keras.Model(inputs, outputs)
+        model.compile(sgd(), ["mse", "mae"], loss_weights=[1.0, 0.5], metrics=[["mae"], ["mse"]])
+        return model
+
+    rows = Rows((x, x[:, :1] * 2, x[:, 1:3]))
+
+    class Paired(Rows):
+        def dataset(self, batches: list[Any], *, knows_size: bool = True) -> tf.data.Dataset:
+            return super().dataset(batches, knows_size=knows_size).map(lambda x, a, b: (x, (a, b)))
+
+    return follow(ctx, build, Paired(rows.columns))
+
+
+def case_batch_norm(ctx: Context) -> dict[str, Any]:
+    def build() -> Any:
+        layers = [keras.Input((WIDTH,)), keras.layers.Dense(8), keras.layers.BatchNormalization(momentum=0.5)]
+        model = keras.Sequential([*layers, keras.layers.Dropout(0.2), keras.layers.Dense(CLASSES, "softmax")])
+        model.layers[0].trainable = False
+        model.compile(sgd(), "sparse_categorical_crossentropy", metrics=["accuracy"])
+        return model
+
+    # Each node normalises with its own rows and drops its own units, so that only the equality of nodes is exact.
+    return follow(ctx, build, has_reference=False)
+
+
+class Custom(keras.Model):
+    """A model with its own train_step, its own trackers and a name for them that is not the metric's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = keras.layers.Dense(5, "tanh")
+        self.outer = keras.layers.Dense(WIDTH)
+        self.total_tracker = keras.metrics.Mean(name="total_loss")
+
+    def call(self, x: Any) -> Any:
+        return self.outer(self.inner(x))
+
+    @property
+    def metrics(self) -> list[Any]:
+        return [self.total_tracker]
+
+    def train_step(self, data: Any) -> dict[str, Any]:
+        x = data[0]
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(tf.square(self(x, training=True) - x))
+        gradients = tape.gradient(loss, self.trainable_weights)
+        self.optimizer.apply_gradients(zip(gradients, self.trainable_weights, strict=True))
+        self.total_tracker.update_state(loss)
+        return {"loss": self.total_tracker.result(), "batch_loss": loss}
+
+    def test_step(self, data: Any) -> dict[str, Any]:
+        self.total_tracker.update_state(tf.reduce_mean(tf.square(self(data[0]) - data[0])))
+        return {"loss": self.total_tracker.result()}
+
+
+def case_custom_step(ctx: Context) -> dict[str, Any]:
+    def build() -> Any:
+        model = Custom()
+        model.compile(keras.optimizers.Adam(0.01))
+        return model
+
+    return follow(ctx, build)
+
+
+# --- behaviour ------------------------------------------------------------------------------------------------
+
+
+def distributed(ctx: Context, optimizer: Any = None, **compile_arguments: Any) -> tuple[Any, tf.data.Dataset]:
+    """Return a distributed dense model and this node's share of the rows."""
+    rows = classification()
+    model = training.distribute(dense(optimizer or sgd(), **compile_arguments), ctx)
+    return model, rows.dataset([step[ctx.rank] for step in uneven(len(rows.columns[0]), ctx.num_nodes)])
+
+
+def case_lifecycle(ctx: Context) -> dict[str, Any]:
+    """Distribute before compile, twice; fit, compile again, fit again; predict; copy and save."""
+    keras.utils.set_random_seed(ctx.rank)
+    model = keras.Sequential([keras.Input((WIDTH,)), keras.layers.Dense(CLASSES, "softmax")])
+    assert training.distribute(model, ctx) is model
+    hooked = model.fit
+    assert training.distribute(model, ctx) is model
+    assert model.fit == hooked
+    rows = classification()
+    share = rows.dataset([step[ctx.rank] for step in uneven(150, ctx.num_nodes)])
+    model.compile("adam", "sparse_categorical_crossentropy")
+    model.evaluate(share, verbose=0)
+    model.fit(share, epochs=1, verbose=0)
+    model.fit(share, epochs=1, verbose=0)
+    model.compile(sgd(), "sparse_categorical_crossentropy", metrics=["accuracy"])
+    model.fit(x=share, epochs=2, verbose=0, callbacks=keras.callbacks.CallbackList([], add_history=True, model=model))
+    model.train_on_batch(*rows.take(slice(ctx.rank, ctx.rank + 3)))
+    copies = [keras.models.clone_model(model), pickle.loads(pickle.dumps(model))]
+    x = rows.columns[0]
+    return {
+        "digest": digest(model),
+        "copies_are_plain": [type(copy.fit.__self__) is not type(model.fit.__self__) for copy in copies],
+        "predicts_own_rows": list(model.predict(x[: 5 + ctx.rank], verbose=0).shape) == [5 + ctx.rank, CLASSES],
+        "copy_predicts_alike": distance([copies[1].predict(x, verbose=0)], [model.predict(x, verbose=0)]),
+        "leftovers": sorted(set(vars(model.optimizer)) & {"apply"}),
+    }
+
+
+def case_stop(ctx: Context) -> dict[str, Any]:
+    """Only the last node wants to stop; one weights file, one decision."""
+    model, share = distributed(ctx)
+
+    def maybe(epoch: int, logs: Any) -> None:
+        if epoch == 1 and ctx.rank == ctx.num_nodes - 1:
+            model.stop_training = True
+
+    stop = keras.callbacks.LambdaCallback(on_epoch_end=maybe)
+    plateau = keras.callbacks.ReduceLROnPlateau(monitor="loss", min_delta=10, patience=1, factor=0.5)
+    fit = model.fit(share, epochs=9, callbacks=[plateau, stop])
+    return {"digest": digest(model), "epochs": len(fit.epoch), "rate": float(model.optimizer.learning_rate.numpy())}
+
+
+def case_no_rows_anywhere(ctx: Context) -> dict[str, Any]:
+    """A step in which no node has a row changes nothing."""
+    model, share = distributed(ctx, keras.optimizers.AdamW(0.01))
+    rows = classification()
+    model.fit(share, epochs=1)
+    before, iterations = digest(model), int(model.optimizer.iterations.numpy())
+    empty = rows.dataset([np.arange(0), np.arange(0)])
+    if ctx.num_nodes == 1:
+        return {"digest": before, "unchanged": True}
+    model.fit(empty, epochs=1)
+    return {
+        "digest": digest(model),
+        "unchanged": digest(model) == before and int(model.optimizer.iterations.numpy()) == iterations,
+    }
+
+
+def case_arrays(ctx: Context) -> dict[str, Any]:
+    """NumPy arrays of equal length per node, validation_split."""
+    keras.utils.set_random_seed(ctx.rank)
+    model = training.distribute(dense("adam"), ctx)
+    x, y = classification(64).columns
+    fit = model.fit(x, y, batch_size=16, epochs=2, validation_split=0.25, verbose=0)
+    return {"digest": digest(model), "history": {k: [float(v) for v in vs] for k, vs in fit.history.items()}}
+
+
+def case_jit(ctx: Context) -> dict[str, Any]:
+    records: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("tfos_magic").addHandler(handler)
+    model, share = distributed(ctx, jit_compile=True)
+    model.fit(share, epochs=1, verbose=0)
+    return {"digest": digest(model), "warned": any("jit_compile is off" in text for text in records)}
+
+
+def case_mixed_precision(ctx: Context) -> dict[str, Any]:
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        model, share = distributed(ctx)
+        fit = model.fit(share, epochs=2, verbose=0)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    return {"digest": digest(model), "loss": [float(x) for x in fit.history["loss"]]}
+
+
+# --- mistakes -------------------------------------------------------------------------------------------------
+
+
+def case_different_steps(ctx: Context) -> dict[str, Any]:
+    model = training.distribute(dense("adam"), ctx)
+    x, y = classification(64 + 32 * ctx.rank).columns
+    model.fit(x, y, batch_size=16)
+    return {}
+
+
+def case_different_models(ctx: Context) -> dict[str, Any]:
+    model = keras.Sequential([keras.Input((WIDTH,)), keras.layers.Dense(CLASSES + ctx.rank)])
+    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    training.distribute(model, ctx).fit(*classification(32).columns)
+    return {}
+
+
+def case_different_unbuilt_models(ctx: Context) -> dict[str, Any]:
+    model = keras.Sequential([keras.layers.Dense(CLASSES + ctx.rank)])
+    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    training.distribute(model, ctx).fit(*classification(32).columns)
+    return {}
+
+
+def case_not_a_model(ctx: Context) -> dict[str, Any]:
+    training.distribute([1, 2], ctx)
+    return {}
+
+
+def case_late_strategy(ctx: Context) -> dict[str, Any]:
+    tf.constant(1)
+    training.strategy(ctx)
+    return {}
+
+
+def case_uneven_loop(ctx: Context) -> dict[str, Any]:
+    """Batches run out on one node, and nothing could tell so beforehand. Ends the ring."""
+    model = training.distribute(dense("adam"), ctx)
+    rows = classification()
+    batches = [np.arange(BATCH)] * (3 + ctx.rank)
+    model.fit(rows.dataset(batches, knows_size=False), epochs=1, verbose=0)
+    return {}
+
+
+def case_chief_evaluates_alone(ctx: Context) -> dict[str, Any]:
+    """The other nodes are done. Ends the ring."""
+    model, share = distributed(ctx)
+    model.fit(share, epochs=1, verbose=0)
+    if ctx.is_chief:
+        model.evaluate(share, verbose=0)
+    else:
+        training.close(ctx)
+    return {}
+
+
+def case_peer_raises(ctx: Context) -> dict[str, Any]:
+    """A user's bug on the last node, in the middle of an epoch."""
+    model, share = distributed(ctx)
+
+    def bug(batch: int, logs: Any) -> None:
+        if ctx.rank == ctx.num_nodes - 1 and batch == 3:
+            training.close(ctx)  # as the end of its process does
+            raise KeyError("a bug")
+
+    model.fit(share, epochs=3, verbose=0, callbacks=[keras.callbacks.LambdaCallback(on_train_batch_end=bug)])
+    return {}
+
+
+# --- custom loop ----------------------------------------------------------------------------------------------
+
+
+def case_second_model(ctx: Context) -> dict[str, Any]:
+    """Two models in one process, trained in turns."""
+    first, share = distributed(ctx)
+    second, _ = distributed(ctx, keras.optimizers.Adam(0.01))
+    first.fit(share, epochs=1, verbose=0)
+    second.fit(share, epochs=1, verbose=0)
+    first.fit(share, epochs=1, verbose=0)
+    return {"digest": digest(first) + digest(second)}
+
+
+def case_strategy(ctx: Context) -> dict[str, Any]:
+    """A loop of one's own under MultiWorkerMirroredStrategy, by the recipe in its docstring."""
+    strategy = training.strategy(ctx)
+    assert training.strategy(ctx) is strategy
+    rows = classification(96)
+    x, y = rows.columns
+    with strategy.scope():
+        keras.utils.set_random_seed(1)
+        model = keras.Sequential([keras.Input((WIDTH,)), keras.layers.Dense(CLASSES)])
+        optimizer = keras.optimizers.SGD(0.1)
+        optimizer.build(model.trainable_variables)
+    initial = [np.array(w) for w in model.get_weights()]
+    mine = [np.arange(s + ctx.rank * BATCH, s + (ctx.rank + 1) * BATCH) for s in range(0, 96, BATCH * ctx.num_nodes)]
+    batches = strategy.distribute_datasets_from_function(lambda _: rows.dataset(mine))
+
+    def step(batch: Any) -> Any:
+        inputs, labels = batch
+        with tf.GradientTape() as tape:
+            logits = model(inputs, training=True)
+            losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
+            loss = tf.reduce_sum(losses) / (ctx.num_nodes * BATCH)
+        optimizer.apply(tape.gradient(loss, model.trainable_variables), model.trainable_variables)
+        return loss
+
+    @tf.function
+    def train_step(batch: Any) -> Any:
+        return strategy.reduce("SUM", strategy.run(step, args=(batch,)), axis=None)
+
+    losses = [float(train_step(batch)) for batch in batches]
+    weights = [np.array(w) for w in model.get_weights()]
+    return {"losses": losses, "weights_off": distance(weights, plain_loop(initial, x, y, BATCH * ctx.num_nodes))}
+
+
+def plain_loop(weights: list[Any], x: Any, y: Any, batch: int) -> list[Any]:
+    kernel, bias = (np.array(w, "float64") for w in weights)
+    for start in range(0, len(x), batch):
+        rows = x[start : start + batch].astype("float64")
+        logits = rows @ kernel + bias
+        odds = np.exp(logits - logits.max(1, keepdims=True))
+        error = (odds / odds.sum(1, keepdims=True) - np.eye(CLASSES)[y[start : start + batch]]) / batch
+        kernel, bias = kernel - 0.1 * rows.T @ error, bias - 0.1 * error.sum(0)
+    return [kernel, bias]
+
+
+# --- running --------------------------------------------------------------------------------------------------
+
+
+def run(name: str, ctx: Context) -> dict[str, Any]:
+    started = time.monotonic()
+    try:
+        found = globals()[f"case_{name}"](ctx)
+    except Exception as error:
+        traceback.print_exc()
+        kind = type(error)
+        found = {"error": f"{kind.__module__}.{kind.__qualname__}", "message": str(error)}
+    print(f"case {name}: {time.monotonic() - started:.1f} s", flush=True)
+    return found
+
+
+def main(result: Path, cases: list[str]) -> None:
+    ctx = Context.from_environment()
+    found = {name: run(name, ctx) for name in cases}
+    found["versions"] = {"keras": keras.__version__, "tensorflow": tf.__version__}
+    result.write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
+    sys.stdout.flush()
+    os._exit(0)  # TensorFlow takes a second to take itself apart

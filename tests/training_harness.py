@@ -1,0 +1,102 @@
+"""Starts the nodes of a training run as plain processes, without Spark.
+
+Runs on: the machine of the tests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+CASES = Path(__file__).with_name("training_cases.py")
+
+
+@dataclass(frozen=True)
+class NodeOutcome:
+    """How one node's process ended: its exit status, per case what it found, and all it printed."""
+
+    returncode: int
+    results: dict[str, dict[str, Any]]
+    output: str
+
+
+@contextlib.contextmanager
+def held_ports(count: int) -> Iterator[list[int]]:
+    """Reserve ports as a node's agent does: bound, not listening, to be bound again with SO_REUSEPORT."""
+    with contextlib.ExitStack() as stack:
+        ports = []
+        for _ in range(count):
+            holder = stack.enter_context(socket.socket())
+            holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            holder.bind(("127.0.0.1", 0))
+            ports.append(holder.getsockname()[1])
+        yield ports
+
+
+def run_nodes(
+    cases: Sequence[str],
+    count: int,
+    *,
+    python: str = sys.executable,
+    has_chief: bool = False,
+    timeout_s: float = 240,
+) -> list[NodeOutcome]:
+    """Run `cases` of training_cases.py, one after the other, on `count` nodes at once.
+
+    Returns
+    -------
+    list of NodeOutcome
+        In node order.
+    """
+    with held_ports(count) as ports, tempfile.TemporaryDirectory() as folder:
+        addresses = [f"127.0.0.1:{port}" for port in ports]
+        cluster = {"chief": addresses[:1], "worker": addresses[1:]} if has_chief else {"worker": addresses}
+        tasks = [(job, index) for job in ("chief", "worker") for index in range(len(cluster.get(job, ())))]
+        processes = [
+            _start(python, cases, cluster, job, index, Path(folder) / f"{number}.json")
+            for number, (job, index) in enumerate(tasks)
+        ]
+        try:
+            outputs = [process.communicate(timeout=timeout_s)[0] for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+                process.communicate()
+        files = [Path(folder) / f"{number}.json" for number in range(count)]
+        results = [json.loads(file.read_text()) if file.exists() else {} for file in files]
+        return [
+            NodeOutcome(process.returncode, found, output)
+            for process, found, output in zip(processes, results, outputs, strict=True)
+        ]
+
+
+def _start(
+    python: str, cases: Sequence[str], cluster: dict[str, list[str]], job: str, index: int, result: Path
+) -> subprocess.Popen[str]:
+    environment = {
+        **os.environ,
+        "TF_CONFIG": json.dumps({"cluster": cluster, "task": {"type": job, "index": index}}),
+        "TF_GRPC_REUSE_PORT": "true",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "CUDA_VISIBLE_DEVICES": "-1",
+        "PYTHONPATH": str(ROOT),
+        "TMPDIR": str(result.parent),  # AutoGraph's files go with the folder; the cases end without Python's clean-up
+    }
+    return subprocess.Popen(
+        [python, "-u", str(CASES), str(result), *cases],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        text=True,
+    )

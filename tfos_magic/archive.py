@@ -1,0 +1,116 @@
+"""The package as one zip, so that executors need not have it installed.
+
+Runs on: driver (:func:`build`, :func:`by_value`) and executors (the function that `by_value` returns).
+
+    driver                                    │ executor
+    build() ─► zip bytes ─┐                   │
+    by_value("module:function", zip) ─ pickled┼─► mounts the zip from memory for the length of one call
+                                              │   (a memfd: nothing on disk, nothing left behind)
+
+The zip holds this package and the two pure-Python packages that it needs on executors and Spark does not bring:
+cloudpickle and NVIDIA's pynvml. pyarrow, pandas and TensorFlow are the cluster's to provide.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import io
+import py_compile
+import tempfile
+import types
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+_COMPANIONS = ("cloudpickle", "pynvml")
+
+
+@functools.cache
+def build() -> bytes:
+    """Return the zip: sources, and bytecode of this Python, which another version ignores in favour of the sources."""
+    stream = io.BytesIO()
+    with (
+        zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive,
+        tempfile.TemporaryDirectory(prefix="tfos_magic-") as scratch,
+    ):
+        for source, name in _files():
+            archive.write(source, name)
+            compiled = Path(scratch) / "module.pyc"
+            py_compile.compile(
+                str(source), str(compiled), name, invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH
+            )
+            archive.write(compiled, name + "c")
+    return stream.getvalue()
+
+
+def _files() -> Iterator[tuple[Path, str]]:
+    package = Path(__file__).parent
+    for path in sorted(package.rglob("*.py")):
+        yield path, f"{package.name}/{path.relative_to(package)}"
+    for companion in _COMPANIONS:
+        spec = importlib.util.find_spec(companion)
+        if spec is None or spec.origin is None:
+            continue  # pynvml is optional where there is no GPU
+        origin = Path(spec.origin)
+        if origin.name != "__init__.py":
+            yield origin, origin.name
+            continue
+        for path in sorted(origin.parent.rglob("*.py")):
+            yield path, f"{companion}/{path.relative_to(origin.parent)}"
+
+
+def by_value(entry: str, archive: bytes) -> Callable[..., Any]:
+    """Return a function that Spark can ship, which runs `entry` from `archive` wherever it arrives.
+
+    Parameters
+    ----------
+    entry : str
+        ``module:generator_function``, e.g. ``tfos_magic.feed.task:feed_task``.
+    archive : bytes
+        From :func:`build`.
+
+    Returns
+    -------
+    callable
+        Takes what the entry takes and yields what it yields. It is pickled by value: the executor unpickles it
+        without having this package.
+    """
+    # cloudpickle sends a function by value when its module is __main__; everything it needs is in its arguments.
+    copy = types.FunctionType(_call_in_archive.__code__, {"__name__": "__main__", "__builtins__": __builtins__})
+    copy.__module__ = "__main__"
+    return functools.partial(copy, entry, archive)
+
+
+def _call_in_archive(entry: str, archive: bytes, *args: Any) -> Iterator[Any]:
+    # Self-contained, because it travels by value: no name from this module may be used here.
+    import importlib
+    import os
+    import sys
+
+    def is_ours(name: str) -> bool:
+        return name == "tfos_magic" or name.startswith("tfos_magic.")
+
+    module_name, _, function_name = entry.partition(":")
+    descriptor = os.memfd_create("tfos_magic")
+    path = f"/proc/self/fd/{descriptor}"
+    # A version that the executor has installed must neither be used nor be lost.
+    displaced = {name: sys.modules.pop(name) for name in list(sys.modules) if is_ours(name)}
+    try:
+        with open(descriptor, "wb", closefd=False) as file:
+            file.write(archive)
+        sys.path.insert(0, path)
+        function = getattr(importlib.import_module(module_name), function_name)
+        yield from function(archive, *args)
+    finally:
+        for name in [name for name in sys.modules if is_ours(name)]:
+            del sys.modules[name]
+        sys.modules.update(displaced)
+        if path in sys.path:
+            sys.path.remove(path)
+        # The next memfd may get the same number: a stale directory listing must not outlive this one.
+        invalidate = getattr(sys.path_importer_cache.pop(path, None), "invalidate_caches", None)
+        if invalidate is not None:
+            invalidate()
+        os.close(descriptor)

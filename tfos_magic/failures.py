@@ -1,0 +1,222 @@
+"""From what went wrong on several nodes at once to the one error worth showing.
+
+Runs on: driver.
+
+A node that dies takes others with it: their collectives fail, the feed finds a closed port, Spark reports a failed
+stage. :func:`root_of` picks the failure that explains the rest, :func:`error_of` puts it in words.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from tfos_magic.errors import (
+    EnvironmentMismatchError,
+    NodeError,
+    NodeKilledError,
+    NodeLostError,
+    RemoteException,
+    RendezvousError,
+    RunStoppedError,
+    TfosError,
+)
+from tfos_magic.node.launch import ERROR_MARK
+
+_OTHERS_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One thing that went wrong.
+
+    Attributes
+    ----------
+    kind : str
+        ``user`` (the function raised), ``import`` (TensorFlow cannot be imported), ``exited`` (no result and
+        no exception), ``lost`` (the agent is gone), ``agent`` (a fault of this package), ``feed``, ``launch``.
+    node : int or None
+        Index of the node.
+    code : int or None
+        The child's exit code; negative for a signal.
+    """
+
+    kind: str
+    node: int | None = None
+    remote: RemoteException | None = None
+    missing_module: str | None = None
+    executable: str = ""
+    code: int | None = None
+    tail: tuple[str, ...] = ()
+    error: TfosError | None = None
+
+    @classmethod
+    def from_report(cls, node: int, header: Mapping[str, object]) -> Failure:
+        """Read a node's ``failure`` message."""
+        data = json.loads(json.dumps(header))
+        return cls(
+            kind=data["kind"],
+            node=node,
+            remote=RemoteException.from_json(data["exception"]),
+            missing_module=data.get("missing_module"),
+            executable=data.get("sys_executable", ""),
+            tail=tuple(data.get("tail", ())),
+        )
+
+    @property
+    def is_consequence(self) -> bool:
+        """True when another failure most likely explains this one."""
+        if self.kind in ("feed", "launch", "lost"):
+            return self.kind != "feed" or type(self.error).__name__ == "FeedError"
+        if self.remote is None:
+            return False
+        from tfos_magic import training
+
+        return bool(training.is_consequence(self.remote.type_name, self.remote.message))
+
+
+def root_of(failures: Sequence[Failure]) -> Failure:
+    """Return the first failure that no other explains; the most telling of the others where there is none."""
+    telling = ("user", "exited", "import", "agent", "lost", "feed", "launch")
+    independent = [failure for failure in failures if not failure.is_consequence]
+    return independent[0] if independent else min(failures, key=lambda failure: telling.index(failure.kind))
+
+
+def error_of(
+    root: Failure,
+    failures: Sequence[Failure],
+    nodes: Mapping[int, tuple[str, str]],
+    cell_names: Mapping[str, str],
+) -> TfosError:
+    """Return the error to raise for `root`.
+
+    Parameters
+    ----------
+    nodes : mapping of int to (str, str)
+        Node index → (name, host).
+    cell_names : mapping of str to str
+        File name of a cell → what the notebook calls it.
+    """
+    if root.error is not None:
+        return root.error
+    name, host = nodes[root.node if root.node is not None else 0]
+    others = [
+        f"{nodes[other.node][0]} failed too, by itself: {_summary(other)}"
+        for other in failures
+        if other is not root and other.node is not None and not other.is_consequence
+    ][:_OTHERS_SHOWN]
+    if root.kind == "import":
+        return _import_error(root, name, host)
+    if root.kind == "lost":
+        return NodeLostError(
+            f"{name} on {host} went away.",
+            node=name,
+            host=host,
+            cause="Its executor or its machine was lost, or its Spark task was killed (Spark UI, cancelJobGroup).",
+        )
+    if root.kind == "exited":
+        return NodeKilledError(
+            f"{name} on {host} {_exit_words(root.code)}.", node=name, host=host, log_lines=root.tail, others=others
+        )
+    what = root.remote.type_name if root.remote else root.kind
+    return NodeError(
+        f"{name} on {host} raised {what}." if root.kind == "user" else f"The agent of {name} on {host} failed: {what}.",
+        node=name,
+        host=host,
+        remote=root.remote,
+        log_lines=root.tail,
+        cell_names=cell_names,
+        others=others,
+        hint=_module_hint(root.missing_module, name, root.executable) if root.missing_module else "",
+    )
+
+
+def _summary(failure: Failure) -> str:
+    if failure.remote is not None:
+        return f"{failure.remote.type_name}: {failure.remote.message}"[:200]
+    return _exit_words(failure.code) if failure.kind == "exited" else failure.kind
+
+
+def _exit_words(code: int | None) -> str:
+    if code is not None and code < 0:
+        guess = " (out of memory?)" if -code == signal.SIGKILL else ""
+        try:
+            return f"was killed by signal {-code} ({signal.Signals(-code).name}){guess}"
+        except ValueError:
+            return f"was killed by signal {-code}"
+    return f"exited with code {code} before the function returned"
+
+
+def _import_error(root: Failure, name: str, host: str) -> EnvironmentMismatchError:
+    message = root.remote.message if root.remote else "unknown"
+    return EnvironmentMismatchError(
+        f"{name} on {host} cannot import TensorFlow with {root.executable}: {message}",
+        cause="The executors' Python is not the one that has TensorFlow.",
+        hint="Install tensorflow there, or name an interpreter that has it before the session is made, e.g. this one: "
+        f"os.environ['PYSPARK_PYTHON'] = {sys.executable!r}.",
+    )
+
+
+def _module_hint(module: str, name: str, executable: str) -> str:
+    top = module.partition(".")[0]
+    try:
+        spec = importlib.util.find_spec(top)
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None:
+        return f"The driver has no module {top!r} either: is the name right?"
+    where = f" at {spec.origin}" if spec.origin else ""
+    return (
+        f"The driver has {top!r}{where}, but {name} ({executable}) does not: install it on the executors, or ship "
+        f"your own file with sc.addPyFile(…)."
+    )
+
+
+def describe_launch_error(error: Exception) -> TfosError:
+    """Return what Spark's exception means when the nodes' tasks failed."""
+    text = str(error)
+    marked = re.search(re.escape(ERROR_MARK) + r"(\{.*?\})(?=\s*$)", text, re.MULTILINE)
+    if marked:
+        answer = json.loads(marked.group(1))
+        return _caused(
+            RendezvousError(answer["error"], cause=answer.get("cause", ""), hint=answer.get("hint", "")), error
+        )
+    if "PYTHON_VERSION_MISMATCH" in text or "different version" in text:
+        return _caused(
+            EnvironmentMismatchError(
+                "Driver and executors run different Python minor versions, and PySpark refuses to work so.",
+                cause=_line_with(text, "version"),
+                hint="Set spark.pyspark.python and spark.pyspark.driver.python to the same Python minor version.",
+            ),
+            error,
+        )
+    if "SPARK_JOB_CANCELLED" in text or re.search(r"Job \d+ cancelled", text):
+        return _caused(
+            RunStoppedError(
+                "The nodes' Spark job was cancelled.",
+                cause="Somebody used the Spark UI, cancelAllJobs or cancelJobGroup, or another notebook cell did.",
+            ),
+            error,
+        )
+    return _caused(
+        TfosError(
+            f"Spark ended the nodes' tasks: {_line_with(text, 'exception:') or type(error).__name__}",
+            cause="An executor was lost, the job was cancelled, or the executors' Python does not start.",
+            hint="The Spark UI and the executors' stderr say more.",
+        ),
+        error,
+    )
+
+
+def _line_with(text: str, word: str) -> str:
+    return next((line.strip() for line in text.splitlines() if word in line.lower()), "")
+
+
+def _caused(error: TfosError, cause: Exception) -> TfosError:
+    error.__cause__ = cause
+    return error

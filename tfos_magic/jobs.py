@@ -1,0 +1,82 @@
+"""Spark jobs that run beside the notebook's main thread and can be cancelled.
+
+Runs on: driver.
+
+The main thread must stay free: an interrupt in the middle of a py4j call breaks the call and leaves the job running,
+while a job in a thread of its own is cancelled in 0.02 s.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pyspark import SparkContext
+
+
+class SparkJob:
+    """One Spark action in its own thread and job group.
+
+    Parameters
+    ----------
+    context : SparkContext
+    group : str
+        Unique; shown in the Spark UI.
+    description : str
+    action : callable() -> object
+        Runs the action, e.g. ``rdd.collect``.
+    on_end : callable(SparkJob)
+        Called in the job's thread when it has ended, well or not.
+    """
+
+    def __init__(
+        self,
+        context: SparkContext,
+        group: str,
+        description: str,
+        action: Callable[[], Any],
+        on_end: Callable[[SparkJob], None],
+    ) -> None:
+        from pyspark import InheritableThread
+
+        self._context = context
+        self._group = group
+        self._description = description
+        self._action = action
+        self._on_end = on_end
+        self._ended = threading.Event()
+        self.value: Any = None
+        self.error: Exception | None = None
+        # Inherits what the notebook set, e.g. the scheduler pool. A daemon, so that it never keeps the kernel alive.
+        self._thread = InheritableThread(target=self._run, name=f"tfos_magic {group}", daemon=True)
+        self._thread.start()
+
+    @property
+    def has_ended(self) -> bool:
+        """True when the action has returned or raised."""
+        return self._ended.is_set()
+
+    def cancel(self) -> None:
+        """Ask Spark to kill the job's tasks."""
+        if not self.has_ended:
+            self._context.cancelJobGroup(self._group)
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait for the end; return whether it came."""
+        # Not Thread.join: after a KeyboardInterrupt CPython up to 3.12 takes a live thread for a dead one.
+        if not self._ended.wait(timeout_s):
+            return False
+        self._thread.join()
+        return True
+
+    def _run(self) -> None:
+        try:
+            self._context.setJobGroup(self._group, self._description, interruptOnCancel=False)
+            self.value = self._action()
+        except Exception as error:  # Spark, py4j and Java raise what they like; the owner sorts it out
+            self.error = error
+        finally:
+            self._ended.set()
+            self._on_end(self)

@@ -1,0 +1,377 @@
+"""The agent: owns a node's child, speaks for it to the driver, and guarantees that nothing of it survives.
+
+Runs on: executor, in a process and session of its own.
+
+                      ┌───────────── agent: one asyncio loop ──────────────┐
+    driver ◄──TCP────►│ rendezvous     hello, beats, logs, result │ start, │
+                      │                publish, feed end, stop             │
+    feed tasks ─Flight►│ receiver ─► spool (unlinked file)                 │
+    child ◄─channel──►│ states, metrics, result │ start, chunks, exit      │
+    child ──stdout───►│ log lines, bounded                                 │
+    Spark ──lifeline──│ end-of-file: the task was killed                   │
+    JVM ────pidfd─────│ readable: the executor died                        │
+                      └────────────────────────────────────────────────────┘
+
+Whatever ends first, the end is the same: the child gets SIGTERM, then SIGKILL, then every descendant that is left
+(the agent is their sub-reaper, so none can hide by double forking) is killed and reaped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from tfos_magic.node import channel
+from tfos_magic.node.output import OutputLines
+from tfos_magic.node.processes import become_subreaper, kill_descendants
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from tfos_magic.feed.receiver import FeedNotice, FeedReceiver
+    from tfos_magic.machine import MachineSampler
+    from tfos_magic.rendezvous import Connection, Message
+
+BEAT_INTERVAL_S = 0.5
+_TERM_GRACE_S = 0.5
+_EXIT_GRACE_S = 1.5
+_BOOT = "import sys; sys.path[0] = '/proc/self/fd/{archive}'; from tfos_magic.node.child import main; main({fds})"
+
+
+def main(archive_fd: int, config_fd: int, payload_fd: int, lifeline_fd: int) -> None:
+    """Run the node until it is over, and exit."""
+    become_subreaper()
+    config = json.loads(channel.read_all(config_fd))
+    agent = None
+    try:
+        child = Child(archive_fd, config_fd, payload_fd)  # first of all: TensorFlow's import is what takes time
+        try:
+            agent = _meet(config, child)
+            if agent is not None:
+                agent.run(lifeline_fd)
+        finally:
+            child.kill()
+    finally:
+        kill_descendants()
+        if agent is not None:
+            agent.close()
+        os._exit(0)
+
+
+def _meet(config: dict[str, Any], child: Child) -> Agent | None:
+    """Connect to the driver and tell Spark's task how that went."""
+    from tfos_magic.errors import RendezvousError
+    from tfos_magic.rendezvous import connect
+
+    answer: dict[str, Any]
+    agent = None
+    try:
+        connection = connect((config["address"][0], config["address"][1]), bytes.fromhex(config["secret"]))
+        answer = {"ready": True}
+        agent = Agent(config, connection, child)
+    except RendezvousError as error:
+        answer = {"error": error.fact, "cause": error.cause, "hint": error.hint}
+    with contextlib.suppress(BrokenPipeError):  # the task may have been killed meanwhile
+        os.write(1, json.dumps(answer).encode() + b"\n")
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, 1)
+    os.close(devnull)
+    return agent
+
+
+class Child:
+    """The user's process as its agent sees it: started here, watched here, killed here."""
+
+    def __init__(self, archive_fd: int, config_fd: int, payload_fd: int) -> None:
+        self.channel, theirs = channel.pair()
+        descriptors = [archive_fd, config_fd, payload_fd, theirs.fileno()]
+        boot = _BOOT.format(archive=archive_fd, fds=", ".join(map(str, [*descriptors[1:], os.getpid()])))
+        output, theirs_output = os.pipe()
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", boot],
+                stdin=subprocess.DEVNULL,
+                stdout=theirs_output,
+                stderr=theirs_output,
+                pass_fds=descriptors,
+            )
+        finally:
+            theirs.close()
+            os.close(theirs_output)
+        self.output = output
+        self.started_at = time.time()
+
+    def kill(self) -> None:
+        """End the process whatever it does, and reap it."""
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+
+
+class Agent:
+    """The loop between driver, child, feed and Spark's task.
+
+    Parameters
+    ----------
+    config : dict
+        What the cluster and the task wrote down.
+    connection : Connection
+        To the driver.
+    child : Child
+        Already started.
+    """
+
+    def __init__(self, config: dict[str, Any], connection: Connection, child: Child) -> None:
+        self._config = config
+        self._connection = connection
+        self._child = child
+        self._lines = OutputLines()
+        self._outbox: deque[tuple[Mapping[str, Any], int | None]] = deque()
+        self._counters: dict[str, Any] = {}
+        self._has_answered = False  # the child sent its result or its failure
+        self._is_stopping = False
+        self._receiver: FeedReceiver | None = None
+        self._feeds: set[str] = set()
+        self._sampler: MachineSampler | None = None
+        self._host: str = connection.socket.getsockname()[0]
+        # Held with SO_REUSEPORT and never listened on: TensorFlow binds the same port, and nobody else gets it.
+        self._port = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        self._port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        self._port.bind((self._host, 0))
+        self._loop: asyncio.AbstractEventLoop
+
+    def run(self, lifeline_fd: int) -> None:
+        """Say hello and serve until the driver, Spark or the executor ends the node."""
+        import asyncio
+
+        self._loop = loop = asyncio.new_event_loop()
+        self._child.channel.setblocking(False)
+        self._hello()
+        loop.add_reader(self._connection.socket, self._guarded, self._from_driver)
+        loop.add_reader(self._child.channel, self._guarded, self._from_child)
+        loop.add_reader(self._child.output, self._guarded, self._from_output)
+        loop.add_reader(lifeline_fd, self._from_lifeline, lifeline_fd)
+        for pid, action in ((self._child.process.pid, self._child_exited), (self._config["executor_jvm"], loop.stop)):
+            descriptor = os.pidfd_open(pid)
+            loop.add_reader(descriptor, self._once, descriptor, action)
+        loop.call_soon(self._beat)
+        loop.run_forever()
+
+    def close(self) -> None:
+        """Give back port, feed server, sampler and connection; the child must be gone."""
+        for resource in (self._receiver, self._sampler, self._port, self._connection):
+            if resource is not None:
+                with contextlib.suppress(OSError):
+                    resource.close()
+
+    # --- what arrives -------------------------------------------------------------------------------------
+
+    def _guarded(self, action: Callable[[], None]) -> None:
+        """Run a handler; the driver being gone ends the node, a fault of ours is reported, then ends it too."""
+        try:
+            action()
+        except (EOFError, OSError):
+            self._loop.stop()
+        except Exception as error:  # a bug here must be an error there, never a silent node
+            from tfos_magic.errors import RemoteException
+
+            with contextlib.suppress(OSError):
+                self._send("failure", kind="agent", exception=RemoteException.from_exception(error).to_json())
+            self._loop.stop()
+
+    def _once(self, descriptor: int, action: Callable[[], None]) -> None:
+        self._loop.remove_reader(descriptor)
+        os.close(descriptor)
+        self._guarded(action)
+
+    def _from_driver(self) -> None:
+        for message in self._connection.read_available():
+            handler: Callable[[Message], None] | None = getattr(self, f"_on_{message.type}", None)
+            if handler is not None:
+                handler(message)
+
+    def _from_child(self) -> None:
+        try:
+            note = channel.receive(self._child.channel)
+        except EOFError:
+            self._loop.remove_reader(self._child.channel)
+            return
+        blob = b""
+        if note.descriptor is not None:
+            blob = channel.read_all(note.descriptor)
+            os.close(note.descriptor)
+        if note.type == "counters":
+            self._counters = dict(note.header)
+        elif note.type == "failure":
+            self._has_answered = True
+            self._flush_output()
+            self._send("failure", **{**json.loads(blob), "tail": list(self._lines.tail)})
+        else:
+            self._has_answered = self._has_answered or note.type == "result"
+            self._connection.send(note.header, blob)
+
+    def _from_output(self) -> None:
+        data = os.read(self._child.output, 1 << 16)
+        self._lines.feed(data)
+        if not data:
+            self._loop.remove_reader(self._child.output)
+
+    def _from_lifeline(self, descriptor: int) -> None:
+        # One byte or more: the task ended as agreed. Nothing: its Python worker was killed.
+        self._loop.remove_reader(descriptor)
+        if not os.read(descriptor, 16):
+            self._loop.stop()
+
+    def _child_exited(self) -> None:
+        code = self._child.process.wait()
+        self._flush_output()
+        self._send("exited", code=code, answered=self._has_answered, tail=list(self._lines.tail))
+        if self._is_stopping:
+            self._loop.stop()
+
+    def _flush_output(self) -> None:
+        """Take what the child has written so far; its last words are in the pipe, not yet in the log."""
+        os.set_blocking(self._child.output, False)
+        with contextlib.suppress(BlockingIOError):
+            while data := os.read(self._child.output, 1 << 16):
+                self._lines.feed(data)
+        os.set_blocking(self._child.output, True)
+        self._lines.feed(b"")
+        self._send_lines()
+
+    # --- what the driver says -----------------------------------------------------------------------------
+
+    def _on_start(self, message: Message) -> None:
+        self._to_child(message.header)
+
+    def _on_open_feed(self, message: Message) -> None:
+        if self._receiver is None:
+            from tfos_magic.feed.receiver import FeedReceiver
+
+            self._receiver = FeedReceiver(
+                self._host,
+                bytes.fromhex(self._config["feed_secret"]),
+                spool_directory(),
+                lambda notice: self._loop.call_soon_threadsafe(self._guarded, lambda: self._feed_notice(notice)),
+            )
+        self._feeds.add(message.header["feed"])
+        self._send("feed_port", port=self._receiver.port)
+
+    def _on_publish(self, message: Message) -> None:
+        if self._receiver is not None:
+            header = message.header
+            self._receiver.publish(header["feed"], header["partition"], header["attempt"], header["rows"])
+
+    def _on_feed_end(self, message: Message) -> None:
+        if self._receiver is not None:
+            self._receiver.end(message.header["feed"], list(message.header["rows_per_node"]))
+
+    def _on_feed_fail(self, message: Message) -> None:
+        if self._receiver is not None:
+            self._receiver.fail(message.header["feed"], message.header["message"])
+
+    def _on_stop(self, message: Message) -> None:
+        """End the child: kindly when it has answered, else by SIGTERM; by force after the grace."""
+        if self._is_stopping:
+            return
+        self._is_stopping = True
+        if self._child.process.poll() is not None:
+            self._loop.stop()
+            return
+        if self._has_answered:
+            self._to_child({"type": "exit"})
+        else:
+            self._child.process.terminate()
+        self._loop.call_later(_EXIT_GRACE_S if self._has_answered else _TERM_GRACE_S, self._loop.stop)
+
+    # --- what the node says -------------------------------------------------------------------------------
+
+    def _send(self, message_type: str, /, **fields: Any) -> None:
+        self._connection.send({"type": message_type, **fields})
+
+    def _to_child(self, header: Mapping[str, Any], descriptor: int | None = None) -> None:
+        """Queue a message: a child that does not read must not keep this loop from hearing ``stop``."""
+        self._outbox.append((header, descriptor))
+        self._drain_outbox()
+
+    def _drain_outbox(self) -> None:
+        while self._outbox:
+            try:
+                channel.send(self._child.channel, *self._outbox[0])
+            except BlockingIOError:
+                self._loop.add_writer(self._child.channel, self._drain_outbox)
+                return
+            except OSError:  # a child that is gone is reported by its pidfd
+                self._outbox.clear()
+                break
+            self._outbox.popleft()
+        self._loop.remove_writer(self._child.channel)
+
+    def _hello(self) -> None:
+        self._send(
+            "hello",
+            index=self._config["index"],
+            host=socket.gethostname(),
+            address=self._host,
+            port=self._port.getsockname()[1],
+            pid=os.getpid(),
+            child_pid=self._child.process.pid,
+            python=list(sys.version_info[:3]),
+            executable=sys.executable,
+            gpus=self._config["gpus"],
+            child_started_at=self._child.started_at,
+        )
+
+    def _beat(self) -> None:
+        self._guarded(self._send_beat)
+        self._loop.call_later(BEAT_INTERVAL_S, self._beat)
+
+    def _send_beat(self) -> None:
+        from dataclasses import asdict
+
+        if self._sampler is None:
+            from tfos_magic.machine import MachineSampler
+
+            self._sampler = MachineSampler(self._child.process.pid, self._config["gpus"])
+        counters = {name: value for name, value in self._counters.items() if name != "type"}
+        received = sum(self._receiver.rows_received(name) for name in self._feeds) if self._receiver is not None else 0
+        self._send("beat", **counters, rows_received=received, machine=asdict(self._sampler.sample()))
+        self._send_lines()
+
+    def _send_lines(self) -> None:
+        lines, dropped = self._lines.take()
+        if lines:
+            self._send("log", lines=lines, dropped=dropped)
+
+    def _feed_notice(self, notice: FeedNotice) -> None:
+        from tfos_magic.feed import receiver
+
+        if isinstance(notice, receiver.FeedOpened):
+            schema = notice.schema_ipc.hex()
+            self._to_child({"type": "feed_opened", "feed": notice.name, "schema": schema}, notice.fd)
+        elif isinstance(notice, receiver.ChunkReady):
+            chunk = [notice.offset, notice.length_bytes, notice.row_count]
+            self._to_child({"type": "chunk", "feed": notice.name, "chunk": chunk})
+        elif isinstance(notice, receiver.FeedEnded):
+            self._to_child({"type": "feed_ended", "feed": notice.name, "rows_per_node": notice.rows_per_node})
+        elif isinstance(notice, receiver.FeedFailed):
+            self._to_child({"type": "feed_failed", "feed": notice.name, "message": notice.message})
+
+
+def spool_directory() -> str:
+    """Return where Spark keeps this executor's scratch data, else the system's temporary directory."""
+    import tempfile
+
+    for name in ("SPARK_EXECUTOR_DIRS", "LOCAL_DIRS", "SPARK_LOCAL_DIRS"):
+        for path in os.environ.get(name, "").split(os.pathsep if name == "SPARK_EXECUTOR_DIRS" else ","):
+            if path and os.access(path, os.W_OK):
+                return path
+    return tempfile.gettempdir()

@@ -1,0 +1,198 @@
+"""The child: a fresh interpreter that runs the user's function on one node.
+
+Runs on: executor, started by the agent.
+
+The order is the point: die with the agent → take the namedtuple patch out, before anything of the user's can be
+imported → import TensorFlow → hear from the driver who is who → environment (TF_CONFIG, GPUs) → unpickle → run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from tfos_magic.node import channel
+from tfos_magic.node.processes import die_with_parent
+
+if TYPE_CHECKING:
+    from tfos_magic.errors import RemoteException
+    from tfos_magic.feed.source import Feeds
+    from tfos_magic.node.context import NodeContext
+
+_COUNTERS_INTERVAL_S = 0.5
+
+
+def main(config_fd: int, payload_fd: int, channel_fd: int, agent_pid: int) -> None:
+    """Run the user's function, hand over what came of it, and exit when told to."""
+    die_with_parent(agent_pid)
+    from tfos_magic import namedtuple_patch
+
+    namedtuple_patch.ensure_clean()
+    config = json.loads(channel.read_all(config_fd))
+    # sys.path is the Python worker's, so that what sc.addPyFile brought is found; our archive stays in front.
+    sys.path[1:] = [entry for entry in config["sys_path"] if entry not in sys.path[:1]]
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(line_buffering=True, errors="backslashreplace")
+    link = Link(socket.socket(fileno=channel_fd))
+    try:
+        _live(config, payload_fd, link)
+    finally:
+        link.wait_exit()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(0)  # a TensorFlow process takes about a second to exit by itself
+
+
+def _live(config: dict[str, Any], payload_fd: int, link: Link) -> None:
+    link.send("state", state="IMPORTING")
+    times = {"child": time.time()}
+    if not _preload(config["preload"], link):
+        return
+    times["imported"] = time.time()
+    link.send("state", state="MEETING")
+    start = link.wait_start()
+    os.environ.update(start["environment"])
+    times["met"] = time.time()
+    try:
+        from tfos_magic import shipping
+        from tfos_magic.node.context import NodeContext
+
+        function, args = shipping.unpack_call(channel.read_all(payload_fd), as_main=True)
+        os.close(payload_fd)
+        context = NodeContext(config, start, args, link)
+        link.send("state", state="RUNNING", times={**times, "running": time.time()})
+        blob = shipping.pack_result(_call(function, args, context))
+        link.send_counters()
+    except BaseException as error:  # whatever the user's code raises, SystemExit too, belongs to the driver
+        link.fail("user", _with_feed_error(error, link.feeds))
+        return
+    link.send_blob("result", blob)
+
+
+def _with_feed_error(error: BaseException, feeds: Feeds) -> BaseException:
+    """Chain what was wrong with the data to the TensorFlow error that it came out as."""
+    origin = next((feed.error for feed in feeds if feed.error is not None), None)
+    if origin is not None and error is not origin and error.__cause__ is None:
+        error.__cause__ = origin
+    return error
+
+
+def _call(function: Callable[..., Any], args: Any, context: NodeContext) -> Any:
+    if context.is_server:
+        from tfos_magic import training
+
+        training.serve(context)
+        return None
+    try:
+        return function(args, context)
+    except SystemExit as stop:
+        if stop.code in (None, 0):
+            return None
+        raise
+
+
+def _preload(modules: list[str], link: Link) -> bool:
+    """Import ahead of need, while the nodes meet, what the user's function is going to import anyway."""
+    for name in modules:
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # a broken installation raises anything
+            link.fail("import", error)
+            return False
+    return True
+
+
+class Link:
+    """The child's end of the channel: a reader thread for what the agent says, and what the child has to say."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+        self.feeds: Feeds
+        """There from the start message on."""
+        self._send_lock = threading.Lock()
+        self._started = threading.Event()
+        self._exit = threading.Event()
+        self._start: Mapping[str, Any] = {}
+        threading.Thread(target=self._read, name="tfos_magic channel", daemon=True).start()
+        threading.Thread(target=self._count, name="tfos_magic counters", daemon=True).start()
+
+    def send(self, message_type: str, /, **fields: Any) -> None:
+        """Send a small message to the agent, which passes it on to the driver."""
+        with self._send_lock:
+            channel.send(self._socket, {"type": message_type, **fields})
+
+    def send_blob(self, message_type: str, data: bytes) -> None:
+        """Send a message of any size."""
+        descriptor = channel.memory_file(data)
+        try:
+            with self._send_lock:
+                channel.send(self._socket, {"type": message_type}, descriptor)
+        finally:
+            os.close(descriptor)
+
+    def fail(self, kind: str, error: BaseException) -> None:
+        """Report how the node failed: as plain data, never as a pickle."""
+        from tfos_magic.errors import RemoteException
+
+        remote: RemoteException = RemoteException.from_exception(error)
+        module = getattr(error, "name", None) if isinstance(error, ModuleNotFoundError) else None
+        data = {"kind": kind, "exception": remote.to_json(), "missing_module": module, "sys_executable": sys.executable}
+        self.send_blob("failure", json.dumps(data).encode())
+
+    def send_counters(self) -> None:
+        """Tell how many rows the function has taken, and how long it waited for them."""
+        is_waiting = any(feed.is_waiting for feed in self.feeds)
+        self.send("counters", rows_consumed=self.feeds.rows_consumed, wait_s=self.feeds.wait_s, is_waiting=is_waiting)
+
+    def wait_start(self) -> Mapping[str, Any]:
+        """Return the driver's start message, once every node has met."""
+        self._started.wait()
+        return self._start
+
+    def wait_exit(self) -> None:
+        """Stay until told to go: TensorFlow's cluster must not lose a node that others may still need."""
+        self._exit.wait()
+
+    def _read(self) -> None:
+        try:
+            while not self._exit.is_set():
+                self._take(channel.receive(self._socket))
+        except EOFError:
+            os._exit(1)  # the agent is gone: so are we
+
+    def _take(self, note: channel.Note) -> None:
+        header = note.header
+        if note.type == "start":
+            from tfos_magic.feed.source import Feeds
+
+            self._start = header
+            self.feeds = Feeds(header["feeds"], header["feed_index"], header["data_options"]["epochs"])
+            self._started.set()
+        elif note.type == "exit":
+            self._exit.set()
+        elif note.type == "feed_opened":
+            if note.descriptor is None:
+                raise EOFError("a feed was opened without its spool")
+            self.feeds.get(header["feed"]).open(bytes.fromhex(header["schema"]), note.descriptor)
+        elif note.type == "chunk":
+            self.feeds.get(header["feed"]).add(*header["chunk"])
+        elif note.type == "feed_ended":
+            self.feeds.get(header["feed"]).end(list(header["rows_per_node"]))
+        elif note.type == "feed_failed":
+            self.feeds.get(header["feed"]).fail(header["message"])
+
+    def _count(self) -> None:
+        self._started.wait()
+        while not self._exit.wait(_COUNTERS_INTERVAL_S):
+            with contextlib.suppress(OSError):
+                self.send_counters()

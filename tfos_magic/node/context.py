@@ -1,0 +1,234 @@
+"""What the user's function sees as ``ctx``: TensorFlowOnSpark's names first, then ours.
+
+Runs on: executor, in the child.
+"""
+
+from __future__ import annotations
+
+import logging
+import numbers
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from tfos_magic.errors import UsageError
+
+if TYPE_CHECKING:
+    import tensorflow as tf
+
+    from tfos_magic.feed.datafeed import DataFeed
+    from tfos_magic.feed.source import Feeds, FeedSource
+    from tfos_magic.node.child import Link
+
+_SERVER_JOBS = frozenset({"ps"})
+_NOT_TRAINING = frozenset({"ps", "evaluator"})
+
+
+class Secret(bytes):
+    """Bytes that do not show themselves when somebody prints what holds them."""
+
+    def __repr__(self) -> str:
+        return "<secret>"
+
+    __str__ = __repr__
+
+
+class Manager:
+    """``ctx.mgr``: what TensorFlowOnSpark's ``DataFeed`` talks to."""
+
+    def __init__(self, feeds: Feeds) -> None:
+        self._feeds = feeds
+        self.epochs = feeds.epochs
+
+    def get(self, name: str) -> FeedSource:
+        """Return a feed by name; ``input`` means ``train``."""
+        return self._feeds.get(name)
+
+    def put_results(self, name: str, results: Sequence[Any]) -> None:
+        """Refuse: a training run has nowhere to put results of inference."""
+        raise UsageError(
+            f"This run trains; it takes no results for queue {name!r} ({len(results)} were given).",
+            hint="Return them: the function's value of each node is in the result.",
+        )
+
+    def terminate(self, name: str) -> None:
+        """Do nothing: the rows are in this node's cache, and who does not read them costs nobody anything."""
+
+
+class NodeContext:
+    """One node's view of its run.
+
+    Attributes
+    ----------
+    executor_id, worker_num : int
+        The node's index, 0 … num_nodes - 1 (both names for the same, as in TensorFlowOnSpark).
+    job_name : str
+        ``chief``, ``worker``, ``ps`` or ``evaluator``.
+    task_index : int
+        Index within `job_name`.
+    num_nodes : int
+        Nodes that train: chief and workers.
+    num_workers : int
+        The same number under TensorFlowOnSpark's name.
+    cluster_spec : dict of str to list of str
+        Job name → ``host:port`` of each task.
+    is_chief : bool
+        True on ``chief:0``, or on ``worker:0`` where there is no chief.
+    args : object
+        What the magic's options and ``--args`` gave: ``args.epochs``, ``args.batch_size``, …
+    attempt : int
+        0, and one more after each restart.
+    working_dir, defaultFS : str
+        Where relative paths point to, and Hadoop's default file system.
+    log : logging.Logger
+        Its lines appear on the board and in the result.
+    """
+
+    def __init__(self, config: Mapping[str, Any], start: Mapping[str, Any], args: Any, link: Link) -> None:
+        self.executor_id: int = config["index"]
+        self.worker_num: int = config["index"]
+        self.job_name: str = start["job_name"]
+        self.task_index: int = start["task_index"]
+        self.cluster_spec: dict[str, list[str]] = dict(start["cluster_spec"])
+        self.num_nodes: int = sum(len(tasks) for job, tasks in self.cluster_spec.items() if job not in _NOT_TRAINING)
+        self.num_workers: int = self.num_nodes
+        self.is_chief: bool = start["is_chief"]
+        self.is_server: bool = start["is_server"]
+        self.args = args
+        self.attempt: int = config.get("attempt", 0)
+        self.working_dir: str = os.getcwd()
+        self.defaultFS: str = config["default_fs"]
+        self.log = _logger(f"{self.job_name}:{self.task_index}")
+        self.feeds = link.feeds
+        self.mgr = Manager(self.feeds)
+        self.secret = Secret(bytes.fromhex(config["node_secret"]))
+        self._data_options: Mapping[str, Any] = start["data_options"]
+        self._link = link
+
+    def __repr__(self) -> str:
+        return f"<NodeContext {self.job_name}:{self.task_index}, {self.num_nodes} training nodes>"
+
+    def dataset(
+        self,
+        name: str = "train",
+        batch_size: int | None = None,
+        features: Sequence[str] | str | None = None,
+        label: str | None = None,
+        weight: str | None = None,
+        shuffle: bool | None = None,
+        *,
+        raw: bool = False,
+    ) -> tf.data.Dataset:
+        """Return this node's share of the data; iterating it once is one epoch.
+
+        Parameters
+        ----------
+        name : str
+            ``train`` (``--data``) or ``validation`` (``--validation``).
+        batch_size : int, optional
+            Rows in a batch of this node; default ``args.batch_size``.
+        features, label, weight : optional
+            Column names; default what the magic's line says, else DESIGN's rule: the label is the column called
+            ``label``, ``y`` or ``target``, the features are all others.
+        shuffle : bool, optional
+            Another order in every epoch; default True for ``train`` unless ``--no-shuffle``, False for others.
+        raw : bool
+            Yield the dict of all columns.
+
+        Returns
+        -------
+        tf.data.Dataset
+            Yields ``x``, ``(x, y)`` or ``(x, y, weight)``; first dimension ≤ batch_size, and the same number of
+            batches on every node: a node that has used up its rows yields batches of 0 rows.
+
+        Raises
+        ------
+        UsageError
+            There is no such feed in this run.
+        """
+        from tfos_magic.feed.dataset import make_dataset
+
+        options = self._data_options
+        if shuffle is None:
+            shuffle = bool(options["shuffle"]) and name == "train"
+        return make_dataset(
+            self.feeds.get(name),
+            batch_size=batch_size or options["batch_size"],
+            features=[features] if isinstance(features, str) else features or options["features"],
+            label=label or options["label"],
+            weight=weight or options["weight"],
+            shuffle=shuffle,
+            seed=options["seed"],
+            raw=raw,
+        )
+
+    def get_data_feed(
+        self,
+        train_mode: bool = True,
+        qname_in: str = "input",
+        qname_out: str = "output",
+        input_mapping: Mapping[str, str] | None = None,
+    ) -> DataFeed:
+        """Return TensorFlowOnSpark's ``DataFeed`` over the training data; see :mod:`tfos_magic.feed.datafeed`."""
+        from tfos_magic.feed.datafeed import DataFeed
+
+        return DataFeed(self.mgr, train_mode, qname_in, qname_out, input_mapping)
+
+    def distribute(self, model: Any) -> Any:
+        """Make `model`'s ``fit``, ``evaluate`` and ``predict`` synchronous over all training nodes; return it."""
+        from tfos_magic import training
+
+        return training.distribute(model, self)
+
+    def strategy(self) -> Any:
+        """Return the ``tf.distribute`` strategy of this cluster, for custom loops; see :mod:`tfos_magic.training`."""
+        from tfos_magic import training
+
+        return training.strategy(self)
+
+    def report(self, step: int | None = None, **metrics: float) -> None:
+        """Show metrics on the board and keep them in the result, e.g. ``ctx.report(step=10, loss=0.3)``."""
+        self._link.send("metrics", step=step, epoch=None, values=_numbers(metrics))
+
+    def report_epoch(self, epoch: int, logs: Mapping[str, Any]) -> None:
+        """Record the metrics of a whole epoch, counted from 1; ``ctx.distribute`` calls it by itself."""
+        self._link.send("metrics", step=None, epoch=epoch, values=_numbers(logs))
+
+    def absolute_path(self, path: str) -> str:
+        """Return `path` with its file system: as it is when it names one, else under the default or working dir."""
+        if "://" in path or path.startswith("file:"):
+            return path
+        if self.defaultFS.startswith("file:"):
+            return "file://" + os.path.join(self.working_dir, path)
+        return f"{self.defaultFS.rstrip('/')}{path if path.startswith('/') else '/user/' + _user() + '/' + path}"
+
+    def release_port(self) -> None:
+        """Do nothing: the node's port is shared with TensorFlow from the start and need not be released."""
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    """Return the values as plain floats: Keras and TensorFlow hand over arrays and tensors of one element."""
+    plain = {}
+    for name, value in values.items():
+        if isinstance(value, numbers.Real) or getattr(value, "shape", None) is not None or hasattr(value, "__float__"):
+            plain[name] = float(value)
+        else:
+            raise UsageError(f"Metric {name!r} is a {type(value).__name__}, not a number.")
+    return plain
+
+
+def _logger(name: str) -> logging.Logger:
+    log = logging.getLogger(f"tfos_magic.{name}")
+    if not log.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+        log.propagate = False
+    return log
+
+
+def _user() -> str:
+    import getpass
+
+    return getpass.getuser()

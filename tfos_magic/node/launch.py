@@ -1,0 +1,139 @@
+"""The node's part inside Spark's task: start the agent, see it connected, and stay or go.
+
+Runs on: executor, in a Python worker that Spark reuses, so it leaves nothing behind there.
+
+    Python worker ──Popen, own session──► agent ──► child
+         │  ◄── one line: ready | error ── │
+         └─ lifeline: a pipe that only the worker holds; when the worker dies, the agent reads end-of-file
+
+A node that *holds* its slot keeps the task until the agent exits: the Spark UI shows it, cancelling the job group
+kills it. A *detached* node gives the slot back once it has met the driver (``local[4]`` with four nodes needs the
+slots for the feed); its agent then lives on its connection to the driver and on its executor's life.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tfos_magic.node import channel
+
+# Found in a Python worker's environment and wrong for a process that trains: one OpenMP thread, a fixed hash seed,
+# and the credentials by which the executor's JVM knows its Python workers.
+_LEAKED_BY_SPARK = ("OMP_NUM_THREADS", "PYTHONHASHSEED")
+_PRIVATE_TO_SPARK = ("PYTHON_WORKER_FACTORY_", "SPARK_AUTH_", "SPARK_BUFFER_SIZE")
+# A detached agent must not stay the Python worker's child: when it ended it would be a zombie there.
+_DETACH = "import os; os.fork() and os._exit(0); "
+_BOOT = "import sys; sys.path[0] = '/proc/self/fd/{archive}'; from tfos_magic.node.agent import main; main({fds})"
+ERROR_MARK = "tfos_magic:"
+
+
+def launch(archive: bytes, config: dict[str, Any], payload: bytes, indices: Iterator[int]) -> Iterator[dict[str, Any]]:
+    """Start the node of this task and yield one summary.
+
+    Parameters
+    ----------
+    archive : bytes
+        The package, for agent and child to import.
+    config : dict
+        From the cluster: address, secret (hex), hold, keep_env, …
+    payload : bytes
+        The user's function, packed.
+    indices : iterator of int
+        The node's index: one element.
+
+    Raises
+    ------
+    RuntimeError
+        The agent could not meet the driver; the message carries :data:`ERROR_MARK` and JSON that the driver reads.
+    """
+    index = next(iter(indices))
+    descriptors = [
+        channel.memory_file(archive),
+        channel.memory_file(json.dumps({**config, **_surroundings(index)}).encode()),
+        channel.memory_file(payload),
+    ]
+    lifeline, worker_end = os.pipe()
+    try:
+        agent = _start_agent([*descriptors, lifeline], config["keep_env"], detach=not config["hold"])
+    finally:
+        for descriptor in (*descriptors, lifeline):
+            os.close(descriptor)
+    try:
+        yield _wait(agent, hold=config["hold"], lifeline=worker_end)
+    finally:
+        os.close(worker_end)
+
+
+def _surroundings(index: int) -> dict[str, Any]:
+    from pyspark import TaskContext
+
+    context = TaskContext.get()
+    resources = context.resources() if context is not None else {}
+    gpus = resources["gpu"].addresses if "gpu" in resources else None
+    return {
+        "index": index,
+        "sys_path": [entry for entry in sys.path if not entry.startswith("/proc/self/fd/")],
+        "gpus": gpus,
+        "executor_jvm": _jvm_pid(),
+    }
+
+
+def _jvm_pid() -> int:
+    """Return the nearest ancestor that is no Python worker or daemon: the executor's JVM."""
+    pid = os.getppid()
+    while pid > 1:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        if Path(f"/proc/{pid}/comm").read_text().strip() == "java":
+            return pid
+        pid = int(fields[1])
+    return os.getppid()
+
+
+def _start_agent(descriptors: list[int], keep_env: list[str], *, detach: bool) -> subprocess.Popen[bytes]:
+    boot = (_DETACH if detach else "") + _BOOT.format(archive=descriptors[0], fds=", ".join(map(str, descriptors)))
+    return subprocess.Popen(
+        [sys.executable, "-c", boot],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        pass_fds=descriptors,
+        start_new_session=True,
+        env=clean_environment(dict(os.environ), keep_env),
+    )
+
+
+def clean_environment(environment: dict[str, str], keep: list[str]) -> dict[str, str]:
+    """Return what a node's processes inherit: the worker's environment less what Spark leaked into it.
+
+    Parameters
+    ----------
+    environment : dict of str to str
+    keep : list of str
+        Names that the user set through ``spark.executorEnv.*``.
+    """
+    cleaned = {
+        name: value
+        for name, value in environment.items()
+        if name in keep or not (name in _LEAKED_BY_SPARK or name.startswith(_PRIVATE_TO_SPARK))
+    }
+    return {"TF_CPP_MIN_LOG_LEVEL": "1", **cleaned}  # warnings yes; which CPU instructions it uses, no
+
+
+def _wait(agent: subprocess.Popen[bytes], *, hold: bool, lifeline: int) -> dict[str, Any]:
+    if agent.stdout is None:
+        raise RuntimeError("the agent was started without a pipe")
+    with agent.stdout as pipe:
+        line = pipe.readline()
+        answer = json.loads(line) if line.strip() else {"error": f"the agent exited with {agent.wait()} at once"}
+        if "error" in answer:
+            agent.wait()
+            raise RuntimeError(ERROR_MARK + json.dumps(answer))
+        if not hold:
+            os.write(lifeline, b"detached")  # tells the end of this task from the death of this worker
+        agent.wait()  # of a detached agent this is only the process that started it
+    return {"exit": agent.returncode}

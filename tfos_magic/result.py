@@ -1,0 +1,75 @@
+"""What a run gave: one value per node, the metrics' history, logs and timings.
+
+Runs on: driver.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tfos_magic.status import StatusBoard
+
+
+@dataclass(frozen=True)
+class NodeInfo:
+    """Where a node ran."""
+
+    name: str
+    host: str
+    address: str
+    pid: int
+    python: str
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class RunResult:
+    """The outcome of a run that succeeded.
+
+    Attributes
+    ----------
+    nodes : tuple of NodeInfo
+        In node order: chief, workers, parameter servers, evaluator.
+    history : dict of str to list of float
+        Metric → its value after each epoch, as in Keras' own ``History.history``.
+    timings : dict of str to float
+        Seconds of each phase, from the start of the cell: see :data:`tfos_magic.cluster.Cluster`.
+    """
+
+    nodes: tuple[NodeInfo, ...]
+    history: Mapping[str, Sequence[float]]
+    timings: Mapping[str, float]
+    board: StatusBoard
+    _blobs: tuple[bytes, ...] = ()
+    _values: list[Any] = field(default_factory=list)
+
+    @property
+    def values(self) -> list[Any]:
+        """What the function returned, one per node in node order; unpickled when first read.
+
+        Raises
+        ------
+        ResultError
+            A value cannot be rebuilt here, e.g. because its module exists only on the executors.
+        """
+        if not self._values:
+            from tfos_magic import shipping
+
+            self._values.extend(shipping.unpack_result(blob) if blob else None for blob in self._blobs)
+        return list(self._values)
+
+    @property
+    def logs(self) -> dict[str, tuple[str, ...]]:
+        """Node → the last lines of its output, oldest first."""
+        return {node.name: self.board.logs(node.name) for node in self.nodes}
+
+    def __repr__(self) -> str:
+        last = ", ".join(f"{name} {values[-1]:.4g}" for name, values in self.history.items() if values)
+        seconds = self.timings.get("total", 0.0)
+        return f"<RunResult: {len(self.nodes)} nodes, {seconds:.1f} s" + (f", {last}>" if last else ">")
+
+    def _repr_html_(self) -> str:
+        from tfos_magic import widgets
+
+        return widgets.render_html(self.board.view())

@@ -1,0 +1,425 @@
+"""What is known of a run: events, and the board they fold into.
+
+Runs on: driver and executors.
+
+    node agents ──heartbeats──► cluster ──events──► StatusBoard.apply ──► view() ──► widgets (HTML, text, live)
+
+An event is a frozen record of one thing that happened; a board is a pure fold of events, knows nothing of Spark
+or of drawing, and can be fed from any thread. :meth:`StatusBoard.view` returns an immutable picture to draw.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from itertools import islice
+
+_WINDOW_S = 5.0  # rows/s is taken over this much of the near past: long enough to be calm, short enough to be now
+_LINE_CHARS_KEPT = 2000
+
+
+class NodeState(str, Enum):
+    """Where a node is in its life; the value is what people read."""
+
+    PLANNED = "waiting for a slot"
+    STARTING = "starting"
+    IMPORTING = "importing TensorFlow"
+    MEETING = "meeting the others"
+    RUNNING = "running"
+    WAITING = "waiting for data"
+    FINISHED = "finished, waiting for the others"
+    DONE = "done"
+    FAILED = "failed"
+    STOPPED = "stopped"
+    LOST = "lost"
+
+    @property
+    def is_final(self) -> bool:
+        """True when the node will not change any more."""
+        return self in _FINAL
+
+
+_FINAL = frozenset({NodeState.DONE, NodeState.FAILED, NodeState.STOPPED, NodeState.LOST})
+
+
+@dataclass(frozen=True)
+class GpuSample:
+    """One GPU as NVML sees it; None where the driver does not say."""
+
+    index: int
+    name: str = ""
+    utilization_percent: float | None = None
+    memory_used_bytes: int | None = None
+    memory_total_bytes: int | None = None
+    power_watts: float | None = None
+    temperature_celsius: float | None = None
+
+
+@dataclass(frozen=True)
+class MachineSample:
+    """CPU and memory of a node's process tree, and its GPUs; None where nothing on the host can tell."""
+
+    cpu_percent: float | None = None
+    """100 is one core kept busy."""
+    memory_bytes: int | None = None
+    gpus: tuple[GpuSample, ...] = ()
+
+
+# --- events -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RunPlanned:
+    """A run begins: which nodes there will be."""
+
+    title: str
+    nodes: tuple[str, ...]
+    """Node names in node order, e.g. ``("chief:0", "worker:0")``."""
+    epochs: int = 1
+    at: float = field(default_factory=time.time)
+
+
+@dataclass(frozen=True)
+class PhaseChanged:
+    """What the run as a whole is doing, in words for the header."""
+
+    phase: str
+    at: float = field(default_factory=time.time)
+
+
+@dataclass(frozen=True)
+class NodeChanged:
+    """A node got a host or a new state."""
+
+    node: str
+    state: NodeState
+    host: str = ""
+    detail: str = ""
+    at: float = field(default_factory=time.time)
+
+
+@dataclass(frozen=True)
+class NodeBeat:
+    """A heartbeat: totals since the node started. Rates are the board's business."""
+
+    node: str
+    rows_received: int = 0
+    """Rows that Spark has delivered to this node."""
+    rows_consumed: int = 0
+    """Rows that the user's function has taken, all epochs counted."""
+    wait_s: float = 0.0
+    """Seconds that the user's function has waited for data."""
+    machine: MachineSample = field(default_factory=MachineSample)
+    at: float = field(default_factory=time.time)
+
+
+@dataclass(frozen=True)
+class NodeLogged:
+    """Lines that a node wrote to stdout or stderr, oldest first; raw, the board cleans them."""
+
+    node: str
+    lines: tuple[str, ...]
+    dropped: int = 0
+    """Lines left out before these because there were too many."""
+    at: float = field(default_factory=time.time)
+
+
+@dataclass(frozen=True)
+class MetricsReported:
+    """``ctx.report(…)`` or an epoch's end under ``ctx.distribute``."""
+
+    node: str
+    values: Mapping[str, float]
+    step: int | None = None
+    epoch: int | None = None
+    """1-based, set when `values` are those of a whole epoch."""
+    at: float = field(default_factory=time.time)
+
+
+@dataclass(frozen=True)
+class RunEnded:
+    """The run is over: ``outcome`` is ``done``, ``failed`` or ``stopped``; `message` says why in a line or more."""
+
+    outcome: str
+    message: str = ""
+    at: float = field(default_factory=time.time)
+
+
+Event = RunPlanned | PhaseChanged | NodeChanged | NodeBeat | NodeLogged | MetricsReported | RunEnded
+
+
+# --- the board --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class NodeView:
+    """One row of the board."""
+
+    name: str
+    state: NodeState = NodeState.PLANNED
+    host: str = ""
+    detail: str = ""
+    rows_received: int = 0
+    rows_consumed: int = 0
+    rows_per_s: float = 0.0
+    """Rows consumed per second over the last few seconds; over the whole running time once the node is done."""
+    wait_percent: float | None = None
+    """Share of the running time that the function waited for data."""
+    machine: MachineSample = field(default_factory=MachineSample)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    step: int | None = None
+    epoch: int | None = None
+    last_line: str = ""
+    memory_peak_bytes: int | None = None
+    beat_at: float | None = None
+    running_since: float | None = None
+    """When the user's function began; None before."""
+    ended_at: float | None = None
+
+    @property
+    def role(self) -> str:
+        """``chief``, ``worker``, ``ps`` or ``evaluator``."""
+        return self.name.partition(":")[0]
+
+
+@dataclass(frozen=True)
+class BoardView:
+    """An immutable picture of a run, ready to be drawn."""
+
+    title: str = ""
+    phase: str = ""
+    started_at: float = 0.0
+    now: float = 0.0
+    epochs: int = 1
+    epoch: int | None = None
+    """Epochs completed; None as long as nothing was reported by epoch."""
+    nodes: tuple[NodeView, ...] = ()
+    history: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """Per metric its value after each epoch, from the first node that reports epochs; NaN where an epoch has none."""
+    outcome: str = ""
+    """Empty while the run goes on, then ``done``, ``failed`` or ``stopped``."""
+    message: str = ""
+    version: int = 0
+    """Grows with every event: equal versions, equal pictures (but for `now`)."""
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since the run began."""
+        return max(0.0, self.now - self.started_at)
+
+
+class StatusBoard:
+    """Fold of a run's events; safe to use from any thread.
+
+    The times of events are those of one clock, the driver's: whoever receives a node's message stamps it.
+    Events may come late or twice: counters never go back, a final state stays, the outcome is the first one told.
+
+    Parameters
+    ----------
+    log_lines_kept : int
+        Output lines kept per node; older ones are counted and dropped.
+    """
+
+    def __init__(self, log_lines_kept: int = 2000) -> None:
+        self._lock = threading.Lock()
+        self._view = BoardView()
+        self._nodes: dict[str, NodeView] = {}
+        self._logs: dict[str, deque[str]] = {}
+        self._dropped: dict[str, int] = {}
+        self._beats: dict[str, deque[tuple[float, int]]] = {}
+        self._epoch_reporter = ""
+        self._epochs: dict[int, dict[str, float]] = {}
+        self._log_lines_kept = log_lines_kept
+
+    def apply(self, event: Event) -> None:
+        """Take one event in."""
+        with self._lock:
+            self._fold(event)
+            self._view = replace(self._view, version=self._view.version + 1)
+
+    def view(self) -> BoardView:
+        """Return the run as it stands now."""
+        with self._lock:
+            now = self._view.now if self._view.outcome else time.time()
+            started_at = self._view.started_at or now
+            return replace(self._view, nodes=tuple(self._nodes.values()), now=now, started_at=started_at)
+
+    def logs(self, node: str) -> tuple[str, ...]:
+        """Return the kept output lines of `node`, oldest first; KeyError if there is no such node."""
+        with self._lock:
+            return self._kept_lines(node)
+
+    def all_logs(self, last: int | None = None) -> dict[str, tuple[str, ...]]:
+        """Return the output of every node that wrote any, in node order.
+
+        Parameters
+        ----------
+        last : int, optional
+            No more than so many lines per node, the latest.
+        """
+        with self._lock:
+            return {name: self._kept_lines(name, last) for name in self._nodes if self._logs[name]}
+
+    def _kept_lines(self, node: str, last: int | None = None) -> tuple[str, ...]:
+        kept = self._logs[node]
+        skipped = max(0, len(kept) - last) if last is not None else 0
+        left_out = self._dropped[node] + skipped
+        lines = tuple(islice(kept, skipped, None))
+        return (f"… {left_out:,} earlier lines left out", *lines) if left_out else lines
+
+    # The fold. Each method takes one kind of event in; all run under the lock.
+
+    def _fold(self, event: Event) -> None:
+        match event:
+            case RunPlanned():
+                self._plan(event)
+            case PhaseChanged():
+                self._view = replace(self._view, phase=self._view.phase if self._view.outcome else event.phase)
+            case NodeChanged():
+                self._change(event)
+            case NodeBeat():
+                self._beat(event)
+            case NodeLogged():
+                self._log(event)
+            case MetricsReported():
+                self._measure(event)
+            case RunEnded():
+                self._end(event)
+
+    def _node(self, name: str) -> NodeView:
+        """Return the node's row, a new one if it was not known."""
+        if name not in self._nodes:
+            self._nodes[name] = NodeView(name)
+            self._logs[name] = deque(maxlen=self._log_lines_kept)
+            self._dropped[name] = 0
+            self._beats[name] = deque()
+        return self._nodes[name]
+
+    def _plan(self, event: RunPlanned) -> None:
+        planned = {name: self._node(name) for name in event.nodes}
+        self._nodes = planned | self._nodes  # nodes heard of before they were planned come last
+        self._view = replace(self._view, title=event.title, epochs=event.epochs, started_at=event.at)
+
+    def _change(self, event: NodeChanged) -> None:
+        node = self._node(event.node)
+        if node.state.is_final:
+            return
+        started = node.running_since
+        if started is None and event.state in (NodeState.RUNNING, NodeState.WAITING):
+            started = event.at
+        self._nodes[node.name] = replace(
+            node, state=event.state, host=event.host or node.host, detail=event.detail, running_since=started
+        )
+        if event.state.is_final:
+            self._settle(node.name, event.at)
+
+    def _settle(self, name: str, at: float) -> None:
+        """Give a node that has ended its final figures."""
+        node = self._nodes[name]
+        seconds = at - node.running_since if node.running_since is not None else 0.0
+        rate = node.rows_consumed / seconds if seconds > 0 else 0.0
+        self._nodes[name] = replace(node, ended_at=at, rows_per_s=rate)
+
+    def _beat(self, event: NodeBeat) -> None:
+        node = self._node(event.node)
+        node = replace(
+            node,
+            rows_received=max(node.rows_received, event.rows_received),
+            rows_consumed=max(node.rows_consumed, event.rows_consumed),
+            beat_at=max(node.beat_at or event.at, event.at),
+        )
+        self._nodes[node.name] = node
+        if node.state.is_final:  # the last beat may come after the state: its counters count, the rest is past
+            self._settle(node.name, node.ended_at or event.at)
+            return
+        peak = max(node.memory_peak_bytes or 0, event.machine.memory_bytes or 0) or None
+        self._nodes[node.name] = replace(
+            node,
+            machine=event.machine,
+            memory_peak_bytes=peak,
+            rows_per_s=self._rate(node, event.at),
+            wait_percent=_share(event.wait_s, node.running_since, event.at, node.wait_percent),
+        )
+
+    def _rate(self, node: NodeView, at: float) -> float:
+        """Return rows/s over the window that ends at `at`."""
+        beats = self._beats[node.name]
+        if not beats or at > beats[-1][0]:
+            beats.append((at, node.rows_consumed))
+        while len(beats) > 2 and beats[1][0] <= at - _WINDOW_S:
+            beats.popleft()
+        (first_at, first_rows), (last_at, last_rows) = beats[0], beats[-1]
+        return (last_rows - first_rows) / (last_at - first_at) if last_at > first_at else 0.0
+
+    def _log(self, event: NodeLogged) -> None:
+        node = self._node(event.node)
+        lines = [clean_line(line) for line in event.lines]
+        kept = self._logs[node.name]
+        overflow = max(0, len(kept) + len(lines) - self._log_lines_kept)
+        self._dropped[node.name] += event.dropped + overflow
+        kept.extend(lines)
+        last = next((line for line in reversed(lines) if line.strip()), node.last_line)
+        self._nodes[node.name] = replace(node, last_line=last.strip())
+
+    def _measure(self, event: MetricsReported) -> None:
+        node = self._node(event.node)
+        self._nodes[node.name] = replace(
+            node,
+            metrics={**node.metrics, **event.values},
+            step=node.step if event.step is None else event.step,
+            epoch=max(node.epoch or 0, event.epoch or 0) or None,
+        )
+        if event.epoch is not None:
+            self._measure_epoch(event, event.epoch)
+
+    def _measure_epoch(self, event: MetricsReported, epoch: int) -> None:
+        self._epoch_reporter = self._epoch_reporter or event.node
+        if event.node != self._epoch_reporter:
+            return
+        self._epochs.setdefault(epoch, {}).update(event.values)
+        epochs = sorted(self._epochs)
+        names = {name: None for number in epochs for name in self._epochs[number]}
+        history = {name: tuple(self._epochs[number].get(name, math.nan) for number in epochs) for name in names}
+        self._view = replace(self._view, history=history, epoch=epochs[-1])
+
+    def _end(self, event: RunEnded) -> None:
+        if self._view.outcome:
+            return
+        self._view = replace(self._view, outcome=event.outcome, message=event.message, now=event.at)
+        rest = NodeState.DONE if event.outcome == "done" else NodeState.STOPPED
+        for name, node in list(self._nodes.items()):
+            if not node.state.is_final:
+                self._nodes[name] = replace(node, state=rest)
+                self._settle(name, event.at)
+
+
+def _share(wait_s: float, since: float | None, now: float, known: float | None) -> float | None:
+    """Return `wait_s` in percent of the time since `since`, or what was `known` when there is no such time."""
+    if since is None or now <= since or not math.isfinite(wait_s):
+        return known
+    return min(100.0, max(0.0, 100.0 * wait_s / (now - since)))
+
+
+# Colours, cursor movements, window titles, in their 7-bit forms (ECMA-48).
+_ESCAPE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\-_]|[ -/]+[0-~])")
+_REWRITE = re.compile("\r|\b{2,}")  # Keras goes back by backspaces, the others by carriage return
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+
+
+def clean_line(line: str) -> str:
+    """Return `line` as it would stand on a terminal at its end, without escapes, at most 2,000 characters.
+
+    Of text overwritten by carriage returns (progress bars) the last part stays.
+    """
+    if line.isprintable() and len(line) <= _LINE_CHARS_KEPT:  # nearly all
+        return line
+    parts = _REWRITE.split(_ESCAPE.sub("", line))
+    text = next((part for part in reversed(parts) if part.strip()), "").rstrip("\n")
+    text = _CONTROL.sub("", text.expandtabs().replace("\n", " ")).encode("utf-8", "replace").decode()  # no lone surrogates
+    return text if len(text) <= _LINE_CHARS_KEPT else text[: _LINE_CHARS_KEPT - 1] + "…"

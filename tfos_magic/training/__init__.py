@@ -1,0 +1,252 @@
+"""Training over the nodes: ``ctx.distribute`` for Keras 3, ``ctx.strategy`` for custom loops.
+
+Runs on: executors.
+
+    ring.py             sums of arrays over all nodes, by TCP; knows nothing of TensorFlow
+    keras_fit.py        Keras's fit and evaluate over a ring
+    tf_strategies.py    TensorFlow's own strategies and servers, for custom loops
+
+Importing this imports neither TensorFlow nor Keras; calling its functions does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tfos_magic.errors import UsageError
+
+__all__ = ["close", "distribute", "is_consequence", "serve", "strategy"]
+
+_STATE = "_tfos_training"
+_TRAINING_JOBS = ("chief", "master", "worker")
+
+
+class _Training:
+    """What this process has set up for training; owned by the node's context."""
+
+    def __init__(self) -> None:
+        self.ring: Any = None
+        self.strategy: Any = None
+        self.fits: list[Any] = []
+
+    @classmethod
+    def of(cls, ctx: Any) -> _Training:
+        """Return the context's own, made on first use."""
+        state = getattr(ctx, _STATE, None)
+        if state is None:
+            state = cls()
+            object.__setattr__(ctx, _STATE, state)
+        return state
+
+    def close(self) -> None:
+        """Close the connections to the other nodes."""
+        if self.ring is not None:
+            self.ring.close()
+
+
+def distribute(model: Any, ctx: Any) -> Any:
+    """Make ``model.fit`` and ``model.evaluate`` train on all nodes at once, as on one machine with all their rows.
+
+    Every node must call this, and then make the same calls of ``fit`` and ``evaluate``. It may come before or after
+    ``compile``, on a built or an unbuilt model, several times, and for several models.
+
+    Parameters
+    ----------
+    model : keras.Model
+        Functional, Sequential or subclassed, also with its own ``train_step``.
+    ctx : NodeContext
+
+    Returns
+    -------
+    keras.Model
+        The same object.
+
+    Raises
+    ------
+    UsageError
+        Not a Keras 3 model; a node that takes no part in training; a strategy made before.
+    RendezvousError
+        Another node did not come.
+
+    Notes
+    -----
+    N nodes with batch B follow one process with batch N·B on the same rows, up to the rounding of sums:
+
+    * Gradients are averaged with each node's number of rows as the weight. So batches may be uneven, or empty on
+      some nodes. That is exact for losses that are means over rows (Keras's default reduction, also with sample
+      weights and class weights, which Keras does not put into the divisor), plus regularisers. It is not exact for
+      ``reduction="sum"`` (it gives the mean of the nodes' sums), ``"mean_with_sample_weight"`` and masked losses,
+      whose divisor is not the number of rows.
+    * Metrics are those of the whole batch where their variables add up over rows, as in all of Keras's. A metric
+      *function* that returns one number per batch counts once per node and batch.
+    * Moving statistics of batch normalisation are averaged; within a step each node normalises with its own batch.
+    * Weights, optimizer state and metrics are the same bits on all nodes after each step. Random seeds are not shared.
+    * ``predict`` is each node's own. Callbacks run on every node and see the same logs; files are best written by
+      the chief only (``if ctx.is_chief``). When one node sets ``stop_training``, all stop after that epoch.
+    * ``jit_compile`` is switched off with more than one node.
+    """
+    import keras
+
+    from tfos_magic.training.keras_fit import KerasFit
+
+    if not isinstance(model, keras.Model):
+        raise UsageError(
+            f"ctx.distribute needs a Keras 3 model, not {type(model).__module__}.{type(model).__qualname__}.",
+            hint="For tf_keras models and custom loops use `with ctx.strategy().scope():`.",
+        )
+    state = _Training.of(ctx)
+    if any(fit.model is model for fit in state.fits):
+        return model
+    if ctx.num_nodes > 1 and state.ring is None:
+        state.ring = _meet(ctx, state)
+    fit = KerasFit(model, state.ring, ctx, len(state.fits))
+    fit.install()
+    state.fits.append(fit)
+    return model
+
+
+def _meet(ctx: Any, state: _Training) -> Any:
+    from tfos_magic.training.ring import Ring
+
+    if ctx.job_name not in _TRAINING_JOBS:
+        raise UsageError(
+            f"{ctx.job_name}:{ctx.task_index} takes no part in synchronous training.",
+            hint="Call ctx.distribute on chief and worker nodes only.",
+        )
+    if state.strategy is not None:
+        raise UsageError(
+            "ctx.distribute came after ctx.strategy(): both would listen on this node's port.",
+            hint="Use ctx.distribute(model) with model.fit, or ctx.strategy() with a loop of your own.",
+        )
+    return Ring.connect(_ring_plan(ctx))
+
+
+def _ring_plan(ctx: Any) -> Any:
+    from tfos_magic.training.ring import RingPlan
+
+    nodes = [
+        (f"{job}:{index}", address)
+        for job in _TRAINING_JOBS
+        for index, address in enumerate(ctx.cluster_spec.get(job, ()))
+    ]
+    names = tuple(name for name, _ in nodes)
+    return RingPlan(
+        names=names,
+        addresses=tuple(address for _, address in nodes),
+        rank=names.index(f"{ctx.job_name}:{ctx.task_index}"),
+        secret=getattr(ctx, "secret", b""),
+    )
+
+
+def strategy(ctx: Any) -> Any:
+    """Return the MultiWorkerMirroredStrategy over all training nodes, made once per node.
+
+    Call it before TensorFlow runs anything else. It is for loops of your own; Keras 3's ``fit`` does not run under it:
+    use :func:`distribute` for that.
+
+    Parameters
+    ----------
+    ctx : NodeContext
+
+    Returns
+    -------
+    tf.distribute.MultiWorkerMirroredStrategy
+
+    Raises
+    ------
+    UsageError
+        On a ps or evaluator node, or when TensorFlow has already run an operation.
+
+    Examples
+    --------
+    Each node has its own rows, so hand them over with ``distribute_datasets_from_function``: the other way,
+    ``experimental_distribute_dataset``, would split them once more and drop most of them. ::
+
+        strategy = ctx.strategy()
+        with strategy.scope():
+            model, optimizer = build_model(), keras.optimizers.SGD(0.1)
+            optimizer.build(model.trainable_variables)
+        batches = strategy.distribute_datasets_from_function(lambda _: ctx.dataset())
+
+
+        def step(batch):
+            x, y = batch
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_sum(loss_per_row(y, model(x, training=True))) / (ctx.num_nodes * args.batch_size)
+            gradients = tape.gradient(loss, model.trainable_variables)
+            optimizer.apply(gradients, model.trainable_variables)  # sums them over the nodes
+            return loss
+
+
+        @tf.function
+        def train_step(batch):
+            return strategy.reduce("SUM", strategy.run(step, args=(batch,)), axis=None)
+
+
+        for batch in batches:
+            train_step(batch)
+    """
+    state = _Training.of(ctx)
+    if state.strategy is None:
+        from tfos_magic.training.tf_strategies import make_strategy
+
+        state.strategy = make_strategy(ctx)
+    return state.strategy
+
+
+def serve(ctx: Any) -> None:
+    """Be a parameter server or a worker that the chief's coordinator drives; does not return.
+
+    See :func:`tfos_magic.training.tf_strategies.serve`.
+    """
+    from tfos_magic.training import tf_strategies
+
+    tf_strategies.serve(ctx)
+
+
+def close(ctx: Any) -> None:
+    """Close this node's connections to the others; does nothing if there are none."""
+    state = getattr(ctx, _STATE, None)
+    if state is not None:
+        state.close()
+
+
+def is_consequence(type_name: str, message: str) -> bool:
+    """Tell whether an exception is what the failure of *another* node looks like here.
+
+    Of several failing nodes, the first for which this is False has the root failure. It imports nothing, so that the
+    driver can ask.
+
+    Parameters
+    ----------
+    type_name : str
+        Qualified name of the exception's class, as in :class:`tfos_magic.errors.RemoteException`.
+    message : str
+    """
+    if type_name.endswith("PeerLostError") or "PeerLostError" in message:
+        return True
+    is_tensorflow = type_name.rpartition(".")[2] in _TENSORFLOW_VICTIMS
+    return is_tensorflow and any(mark in message for mark in _PEER_MARKS)
+
+
+_TENSORFLOW_VICTIMS = frozenset(
+    {
+        "AbortedError",
+        "CancelledError",
+        "DeadlineExceededError",
+        "FailedPreconditionError",
+        "InternalError",
+        "UnavailableError",
+        "UnknownError",
+    }
+)
+_PEER_MARKS = (
+    "Collective ops is aborted by",
+    "stopped sending heartbeats",
+    "The tasks have crashed",
+    "coordination service",
+    "failed to connect to all addresses",
+    "Connection refused",
+    "Connection reset by peer",
+    "Socket closed",
+)

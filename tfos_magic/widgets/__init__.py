@@ -1,0 +1,17 @@
+"""Draws a board: as HTML, as text, and live while a cell runs.
+
+Runs on: notebook.
+
+    StatusBoard.view() ──► words (facts as words) ──┬─► html ──┐
+                                                    └─► text ──┴─► live: one output, redrawn while the cell blocks
+
+Only `live` knows IPython; nothing here knows Spark.
+"""
+
+from __future__ import annotations
+
+from tfos_magic.widgets.html import render_html
+from tfos_magic.widgets.live import LiveBoard, static_bundle
+from tfos_magic.widgets.text import one_line, render_text
+
+__all__ = ["LiveBoard", "one_line", "render_html", "render_text", "static_bundle"]
