@@ -1,6 +1,6 @@
 """A real JupyterLab in a real Chromium, for tests that look at what people see.
 
-    with jupyterlab(folder) as server, browser(server) as lab:
+    with jupyterlab(folder) as server, browser(server, chromium) as lab:
         lab.open_notebook("a.ipynb")
         lab.run_cell(0)
         lab.output(0).inner_text()
@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 import re
 import secrets
-import shutil
 import subprocess
 import sys
 import threading
@@ -26,7 +25,6 @@ from typing import Any
 import nbformat
 import psutil
 
-CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCREENSHOTS = REPOSITORY / "out" / "screenshots"
 _BROWSER_ARGS = [
@@ -44,15 +42,6 @@ _SETTINGS = {
     "apputils-extension/notification": '{"fetchNews": "false", "checkForUpdates": false}',
     "notebook-extension/tracker": '{"windowingMode": "none"}',
 }
-
-
-def has_browser() -> bool:
-    """True when Chromium and Playwright are installed."""
-    try:
-        import playwright.sync_api  # noqa: F401
-    except ImportError:
-        return False
-    return Path(CHROMIUM).exists()
 
 
 @dataclass(frozen=True)
@@ -160,17 +149,16 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 
 @contextmanager
-def browser(server: LabServer, *, width: int = 1400, height: int = 900) -> Iterator[Lab]:
-    """Open Chromium with one page in it."""
+def browser(server: LabServer, chromium: str, *, width: int = 1400, height: int = 900) -> Iterator[Lab]:
+    """Open the Chromium at the path `chromium` with one page in it."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=_BROWSER_ARGS)
+        window = playwright.chromium.launch(executable_path=chromium, args=_BROWSER_ARGS)
         try:
-            page = chromium.new_page(viewport={"width": width, "height": height})
-            yield Lab(server, page)
+            yield Lab(server, window.new_page(viewport={"width": width, "height": height}))
         finally:
-            chromium.close()
+            window.close()
 
 
 class Lab:
@@ -181,7 +169,10 @@ class Lab:
         self.page = page
 
     def open_notebook(self, path: str, *, kernel: bool = True) -> None:
-        """Open a notebook of the server's root in a fresh JupyterLab; with `kernel` wait until it is ready."""
+        """Open a notebook of the server's root in a fresh JupyterLab.
+
+        With `kernel` wait until one is ready; without, none is started (one that runs for this notebook is taken).
+        """
         tree = f"/tree/{path}" if kernel else ""
         self.page.goto(f"{self.server.url}/lab{tree}?reset&token={self.server.token}")
         self.page.wait_for_function("() => window.jupyterapp && jupyterapp.shell", timeout=60_000)
@@ -215,9 +206,16 @@ class Lab:
         )
 
     def wait_cell(self, timeout_s: float = 120) -> None:
-        """Wait until the cell started last has run."""
-        self.page.set_default_timeout(timeout_s * 1000)
-        self.page.evaluate("async () => { await window.tfosTestRun; }")
+        """Wait until the cell started last has run; TimeoutError after `timeout_s`."""
+        is_over = self.page.evaluate(
+            """timeout_ms => Promise.race([
+                window.tfosTestRun.then(() => true),
+                new Promise(resolve => setTimeout(() => resolve(false), timeout_ms)),
+            ])""",
+            timeout_s * 1000,
+        )
+        if not is_over:
+            raise TimeoutError(f"the cell still runs after {timeout_s:.0f} s")
 
     def run_cell(self, index: int, timeout_s: float = 120) -> None:
         """Run a cell to its end."""
@@ -243,7 +241,7 @@ class Lab:
         self.execute("docmanager:save")
 
     def shutdown_kernel(self) -> None:
-        """End the kernel and leave the notebook open."""
+        """End the kernel and leave the notebook open, as the menu does."""
         self.page.evaluate("async () => { await jupyterapp.shell.currentWidget.sessionContext.shutdown(); }")
 
     def theme(self, name: str) -> None:
@@ -251,15 +249,14 @@ class Lab:
         self.execute("apputils:change-theme", theme=name)
         is_light = "false" if "Dark" in name else "true"
         self.page.wait_for_selector(f"body[data-jp-theme-light='{is_light}']", state="attached")
+        self.page.wait_for_selector("#jupyterlab-splash", state="detached")
 
     def screenshot(self, name: str, index: int | None = None) -> Path:
         """Save a picture of the page, or of one cell, under ``out/screenshots`` and return its path."""
         SCREENSHOTS.mkdir(parents=True, exist_ok=True)
         path = SCREENSHOTS / f"{name}.png"
-        if index is None:
-            self.page.screenshot(path=path)
-        else:
-            self.cell(index).screenshot(path=path)
+        target = self.page if index is None else self.cell(index)
+        path.write_bytes(target.screenshot())  # Playwright would write it from threads that stay
         return path
 
 

@@ -46,10 +46,11 @@ def main(arguments: Sequence[str]) -> int:
     try:
         environment.install_project({"test"})
         variables = environment.variables()
-        failed = [status for name, command in CHECKS if (status := run_check(name, environment, command, variables))]
+        statuses = [run_check(name, environment, command, variables) for name, command in CHECKS]
         prepare(needs(environment, variables, arguments), variables)
     except SetupError as error:
         sys.exit(f"\n{error}")
+    failed = [status for status in statuses if status]
     if failed:
         say(f"\n{len(failed)} of the checks above failed, so this run fails whatever the tests say.")
     status = run([str(environment.python), "-m", "pytest", *arguments], variables)
@@ -115,7 +116,8 @@ def get_browser() -> None:
     """Install Chromium from the system's packages where that is possible; say so where it is not."""
     if any(map(shutil.which, BROWSERS)):
         return
-    if shutil.which("apt-get") is None or (prefix := root_prefix()) is None:
+    prefix = root_prefix()
+    if shutil.which("apt-get") is None or prefix is None:
         say("No Chromium, and no way to install one (apt-get as root). The browser tests will be skipped.")
         say("To have them: install chromium with your system's package manager.")
         return

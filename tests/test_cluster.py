@@ -14,6 +14,7 @@ from tfos_magic import cluster
 from tfos_magic.errors import (
     NodeError,
     NodeKilledError,
+    ResultError,
     RunStoppedError,
     RunTimeoutError,
     TooFewSlotsError,
@@ -258,3 +259,18 @@ def test_the_function_sees_modules_that_addpyfile_brought(spark_script: Script, 
         spark.stop()
     """
     assert "value [42]" in spark_script(code, env={"PYTHONPATH": os.path.dirname(__file__)}).stdout
+
+
+def test_a_value_that_cannot_travel_back_does_not_fail_the_run(spark_local4: Any) -> None:
+    result = run_cell(spark_local4, "import threading\nctx.report(loss=1.0)\nthreading.Lock()", 1)
+    assert "lock" in repr(result.logs)
+    with pytest.raises(ResultError, match="lock"):
+        _ = result.values
+    assert "lock" in result._repr_html_()
+
+
+def test_the_results_table_is_escaped_and_short(spark_local4: Any) -> None:
+    html = run_cell(spark_local4, "'<script>' + 'x' * 10_000", 1)._repr_html_()
+    assert "<script>" not in html
+    assert "chief:0" in html
+    assert len(html) < 1000

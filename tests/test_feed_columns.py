@@ -17,7 +17,7 @@ from tfos_magic.feed import columns
 
 def became(values: pa.Array, *, ragged: bool = False, keep_float64: bool = False):
     """Send one column through sender and child; return its spec and what TensorFlow gets."""
-    batch = pa.record_batch({"c": values})
+    batch = pa.RecordBatch.from_pydict({"c": values})
     schema = pa.ipc.read_schema(columns.with_list_lengths(batch).serialize())
     spec = columns.column_specs(schema, "train", ragged=["c"] if ragged else (), keep_float64=keep_float64)["c"]
     column = columns.join([columns.extract(part, spec) for part in (batch.slice(0, 1), batch.slice(1))], spec)
@@ -137,12 +137,12 @@ def test_types_without_a_tensor_form_are_refused_with_the_way_out(values, cure):
 def test_nulls_are_refused_in_the_child_too():
     spec = columns.column_specs(pa.schema({"c": pa.int64()}), "train")["c"]
     with pytest.raises(DataError, match="1 nulls in 2 rows"):
-        columns.extract(pa.record_batch({"c": pa.array([1, None])}), spec)
+        columns.extract(pa.RecordBatch.from_pydict({"c": pa.array([1, None])}), spec)
 
 
 def test_sliced_lists_are_checked_only_where_they_are_used():
     lists = pa.array([[9, None], [1], [2], [3], [None]])
-    batch = pa.record_batch({"c": lists}).slice(1, 3)
+    batch = pa.RecordBatch.from_pydict({"c": lists}).slice(1, 3)
     columns.refuse_nulls(batch, "train")
     spec = columns.column_specs(columns.with_list_lengths(batch), "train")["c"]
     assert columns.extract(batch, spec).tolist() == [[1], [2], [3]]
@@ -151,7 +151,7 @@ def test_sliced_lists_are_checked_only_where_they_are_used():
 def test_numbers_are_views_of_the_chunk():
     values = pa.array(np.arange(1000, dtype=np.float32))
     spec = columns.column_specs(pa.schema({"c": pa.float32()}), "train")["c"]
-    array = columns.join([columns.extract(pa.record_batch({"c": values}), spec)], spec)
+    array = columns.join([columns.extract(pa.RecordBatch.from_pydict({"c": values}), spec)], spec)
     assert array.ctypes.data == values.buffers()[1].address
 
 

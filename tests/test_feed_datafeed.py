@@ -75,7 +75,7 @@ def test_input_mapping_gives_arrays_by_tensor_name(fed):
 def test_arrays_of_lists_text_and_nulls(tmp_path):
     with fake_cluster(1, tmp_path, allow_nulls=True) as cluster:
         columns = {"l": [[1.0, 2.0], [3.0, 4.0]], "t": ["a", "b"], "n": [1, None], "r": [[1], [2, 3]]}
-        cluster.feed([pa.record_batch({k: pa.array(v) for k, v in columns.items()})], 0)
+        cluster.feed([pa.RecordBatch.from_pydict({k: pa.array(v) for k, v in columns.items()})], 0)
         cluster.end()
         batch = DataFeed(Manager(cluster), input_mapping={name: name for name in columns}).next_batch(2)
         assert batch["l"].tolist() == [[1, 2], [3, 4]]
@@ -88,7 +88,7 @@ def test_arrays_of_lists_text_and_nulls(tmp_path):
 
 def test_one_column_comes_as_plain_values(tmp_path):
     with fake_cluster(1, tmp_path) as cluster:
-        cluster.feed([pa.record_batch({"t": pa.array(["a", "b"])})], 0)
+        cluster.feed([pa.RecordBatch.from_pydict({"t": pa.array(["a", "b"])})], 0)
         cluster.end()
         assert DataFeed(Manager(cluster)).next_batch(5) == ["a", "b"]
 

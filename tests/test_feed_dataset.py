@@ -84,7 +84,7 @@ def test_a_dataset_made_anew_each_epoch_is_shuffled_anew(fed):
 
 def test_node_without_rows_gives_empty_batches_of_the_right_shapes(tmp_path):
     with fake_cluster(3, tmp_path) as cluster:
-        batch = pa.record_batch({"a": pa.array([[1.0, 2.0]]), "b": pa.array(["s"]), "label": pa.array([1])})
+        batch = pa.RecordBatch.from_pydict({"a": pa.array([[1.0, 2.0]]), "b": pa.array(["s"]), "label": pa.array([1])})
         cluster.feed([batch], 0)
         cluster.end()
         dataset = make_dataset(cluster.nodes[2].train, batch_size=8)
@@ -153,7 +153,9 @@ def test_ragged_columns(tmp_path):
     with fake_cluster(2, tmp_path) as cluster:
         lists = [list(range(n % 5)) for n in range(101)]
         words = [[f"w{v}" for v in row] for row in lists]
-        cluster.feed([pa.record_batch({"n": pa.array(range(101)), "l": pa.array(lists), "w": pa.array(words)})], 0)
+        cluster.feed(
+            [pa.RecordBatch.from_pydict({"n": pa.array(range(101)), "l": pa.array(lists), "w": pa.array(words)})], 0
+        )
         cluster.end()
         seen = {}
         for node in cluster.nodes:
@@ -170,7 +172,7 @@ def test_ragged_columns(tmp_path):
 def test_arrangements(tmp_path):
     with fake_cluster(1, tmp_path) as cluster:
         table = {"b": [1.5, 2.5], "a": [1, 2], "y": [0, 1], "w": [0.5, 1.0], "t": ["p", "q"]}
-        cluster.feed([pa.record_batch({k: pa.array(v) for k, v in table.items()})], 0)
+        cluster.feed([pa.RecordBatch.from_pydict({k: pa.array(v) for k, v in table.items()})], 0)
         cluster.end()
         source = cluster.nodes[0].train
 
@@ -215,7 +217,7 @@ def test_failure_of_the_feed_carries_its_text_and_keeps_the_original(tmp_path):
 
 def test_bad_rows_carry_the_cure(tmp_path):
     with fake_cluster(1, tmp_path) as cluster:
-        cluster.feed([pa.record_batch({"x": pa.array([[1.0, 2.0], [3.0]])})], 0)
+        cluster.feed([pa.RecordBatch.from_pydict({"x": pa.array([[1.0, 2.0], [3.0]])})], 0)
         cluster.end()
         source = cluster.nodes[0].train
         with pytest.raises(tf.errors.OpError, match="lists of different lengths"):
@@ -235,7 +237,6 @@ def test_slow_consumers_get_small_superbatches(tmp_path):
             time.sleep(0.01)
             assert source.rows_consumed <= 10 * step + 2000
         del iterator
-        gc.collect()
 
 
 def test_length_is_known_once_the_feed_has_ended(fed):

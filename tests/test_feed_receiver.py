@@ -85,7 +85,7 @@ def test_repeated_publish_changes_nothing(tmp_path):
 
 def test_loser_gives_its_disk_space_back(tmp_path):
     with fake_cluster(1, tmp_path) as cluster:
-        big = [pa.record_batch({"y": pa.array(range(200_000), pa.int64())})]
+        big = [pa.RecordBatch.from_pydict({"y": pa.array(range(200_000), pa.int64())})]
         feed_partition(iter(big), cluster.plan, 0, 1, stage_only)
         feed_partition(iter(numbered(10)[0:0]), cluster.plan, 0, 2, stage_only)
         spool = cluster.nodes[0].receiver._feeds["train"].spool
@@ -115,7 +115,7 @@ def test_nothing_is_published_after_a_failure(tmp_path):
 def test_partition_with_other_columns_is_refused_with_both_named(tmp_path):
     with fake_cluster(2, tmp_path) as cluster:
         cluster.feed(numbered(10), 0)
-        other = pa.record_batch({"x": pa.array([1, 2]), "y": pa.array([1, 2])})
+        other = pa.RecordBatch.from_pydict({"x": pa.array([1, 2]), "y": pa.array([1, 2])})
         with pytest.raises(FeedError, match=r"node 0 .*\(x: double, y: int64\).*\(x: int64, y: int64\)"):
             cluster.feed([other], 1)
 
@@ -258,7 +258,7 @@ from tfos_magic.feed.sender import FeedPlan, feed_partition
 secret, ports, attempt, stall = bytes.fromhex(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 def batches():
     for start in range(0, 40_000, 10_000):
-        yield pa.record_batch({"y": pa.array(range(start, start + 10_000), pa.int64())})
+        yield pa.RecordBatch.from_pydict({"y": pa.array(range(start, start + 10_000), pa.int64())})
         if stall == "stall" and start == 20_000:
             print("stalled", flush=True)
             time.sleep(60)

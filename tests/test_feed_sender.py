@@ -64,7 +64,7 @@ def test_empty_partition_asks_for_its_commit_too(tmp_path):
 def test_slices_travel_without_the_rest_of_their_batch(tmp_path):
     with fake_cluster(2, tmp_path) as cluster:
         lists = pa.array([[float(n)] * 100 for n in range(1000)], pa.list_(pa.float32()))
-        cluster.feed([pa.record_batch({"x": lists, "y": pa.array(range(1000))})], 0)
+        cluster.feed([pa.RecordBatch.from_pydict({"x": lists, "y": pa.array(range(1000))})], 0)
         cluster.end()
         sizes = [n.length_bytes for n in cluster.nodes[1].notices if isinstance(n, ChunkReady)]
         assert sum(sizes) < 1.1 * 500 * 412
@@ -74,19 +74,19 @@ def test_slices_travel_without_the_rest_of_their_batch(tmp_path):
 def test_dictionary_columns_arrive_written_out(tmp_path):
     with fake_cluster(2, tmp_path) as cluster:
         words = pa.array(["a", "b", "a", "c"]).dictionary_encode()
-        cluster.feed([pa.record_batch({"y": words})], 0)
+        cluster.feed([pa.RecordBatch.from_pydict({"y": words})], 0)
         cluster.end()
         assert sorted(cluster.rows()) == ["a", "a", "b", "c"]
 
 
 def test_nulls_are_refused_with_column_count_and_cure(tmp_path):
     with fake_cluster(2, tmp_path) as cluster:
-        batch = pa.record_batch({"x": pa.array([1.0, None, None]), "y": pa.array([1, 2, 3])})
+        batch = pa.RecordBatch.from_pydict({"x": pa.array([1.0, None, None]), "y": pa.array([1, 2, 3])})
         with pytest.raises(DataError) as caught:
             cluster.feed([batch], 0)
         assert "Column 'x' of feed 'train' holds 2 nulls in 3 rows." in str(caught.value)
         assert 'df.dropna(subset=["x"])' in caught.value.hint
-        inside = pa.record_batch({"x": pa.array([[1.0, None], [2.0]]), "y": pa.array([1, 2])})
+        inside = pa.RecordBatch.from_pydict({"x": pa.array([[1.0, None], [2.0]]), "y": pa.array([1, 2])})
         with pytest.raises(DataError, match="1 nulls inside its lists in 2 rows"):
             cluster.feed([inside], 0)
 

@@ -32,7 +32,7 @@ def test_chunks_block_until_there_are_more_and_end_with_the_feed(tmp_path):
 
 def test_big_chunks_are_views_of_the_spool_and_outlive_its_closing(tmp_path):
     with fake_cluster(1, tmp_path) as cluster:
-        cluster.feed([pa.record_batch({"y": pa.array(np.arange(300_000))})], 0)
+        cluster.feed([pa.RecordBatch.from_pydict({"y": pa.array(np.arange(300_000))})], 0)
         before = pa.total_allocated_bytes()
         cluster.end()
         batches = list(cluster.nodes[0].train.chunks())
@@ -47,7 +47,7 @@ def test_file_that_grows_while_it_is_mapped(tmp_path):
     with fake_cluster(1, tmp_path) as cluster:
         held = []
         for partition in range(5):
-            cluster.feed([pa.record_batch({"y": pa.array(np.full(50_000, partition))})], partition)
+            cluster.feed([pa.RecordBatch.from_pydict({"y": pa.array(np.full(50_000, partition))})], partition)
             held += [b for b in cluster.nodes[0].train.next_chunks(len(held), 1 << 30)]
         cluster.end()
         assert [set(b.column("y").to_pylist()) for b in held] == [{n} for n in range(5)]

@@ -51,9 +51,11 @@ LAYERS = {
     "tfos_magic.node.output": "executor",
     "tfos_magic.node.processes": "executor",
     "tfos_magic.training": "executor",
+    "tfos_magic.training.agreement": "executor",
     "tfos_magic.training.keras_fit": "executor",
     "tfos_magic.training.ring": "executor",
-    "tfos_magic.training.strategy": "executor",
+    "tfos_magic.training.shared_step": "executor",
+    "tfos_magic.training.tf_strategies": "executor",
     "tfos_magic.cluster": "driver",
     "tfos_magic.failures": "driver",
     "tfos_magic.java": "driver",
@@ -62,6 +64,7 @@ LAYERS = {
     "tfos_magic.roles": "driver",
     "tfos_magic.session": "driver",
     "tfos_magic.arguments": "notebook",
+    "tfos_magic.completion": "notebook",
     "tfos_magic.magics": "notebook",
     "tfos_magic.widgets": "notebook",
     "tfos_magic.widgets.html": "notebook",
@@ -76,7 +79,7 @@ BACK = {("tfos_magic.result", "tfos_magic.widgets")}
 HEAVY = {"IPython", "asyncio", "ipywidgets", "keras", "multiprocessing", "numpy", "pandas", "pyarrow", "pyspark"}
 ABSENT_ON_EXECUTORS = {"IPython", "ipywidgets", "keras", "pyspark", "tensorflow"}
 # Reached only when the user's function has imported Keras, which itself imports IPython where that is installed.
-NEEDS_KERAS = {"tfos_magic.training.keras_fit"}
+NEEDS_KERAS = {"tfos_magic.training.keras_fit", "tfos_magic.training.shared_step"}
 IMPORT_LIMIT_S = 0.050
 
 

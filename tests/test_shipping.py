@@ -467,6 +467,7 @@ def test_healthy_objects_raise_no_alarm() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")  # PySpark 3.5 closes none itself
 def test_real_spark_objects_are_refused_wherever_they_hide(spark_local4: Any) -> None:
     from pyspark.sql import functions
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +15,8 @@ from tfos_magic.training import is_consequence
 
 TOLERANCE = 1e-5
 
-CORE = ("sgd", "weights", "embedding", "several_steps", "custom_step")
-ZOO = ("adam", "unbuilt", "class_weight", "clipped", "eager", "two_outputs")
+CORE = ("sgd", "embedding", "several_steps", "custom_step")
+ZOO = ("adam", "auc", "weights", "unbuilt", "class_weight", "clipped", "eager", "two_outputs")
 BEHAVIOUR = ("stop", "arrays", "lifecycle")
 MORE_BEHAVIOUR = ("batch_norm", "no_rows_anywhere", "jit", "mixed_precision", "second_model")
 MISTAKES = ("different_steps", "different_models", "different_unbuilt_models", "not_a_model", "late_strategy")
@@ -168,6 +169,18 @@ def test_chief_that_evaluates_alone_is_told_why_it_cannot() -> None:
     chief, _ = results(run_nodes(["chief_evaluates_alone"], 2), "chief_evaluates_alone")
     assert is_consequence(chief["error"], chief["message"])
     assert "not only the chief" in chief["message"]
+
+
+@pytest.mark.slow
+@pytest.mark.oldest
+def test_oldest_versions_follow_one_process(oldest_python: Path) -> None:
+    cases = ("sgd", "weights", "embedding", "several_steps", "custom_step", "two_outputs", "clipped", "eager")
+    nodes = run_nodes([*cases, "stop", "lifecycle", "peer_raises"], 2, python=str(oldest_python))
+    for case in cases:
+        assert_follows(nodes, case)
+    assert succeeded(nodes, "stop")
+    assert succeeded(nodes, "lifecycle")
+    assert is_consequence(*results(nodes, "peer_raises")[0].values())
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 
 import nbformat
 import pytest
-from fake_run import finished, machine, names, run_events
+from fake_run import finished, names, run_events
 from jupyter_client.manager import start_new_kernel
 from nbclient import NotebookClient
 
@@ -94,7 +94,7 @@ def test_every_fact_of_a_run_is_drawn(draw):
         assert fact in drawn
     for fact in ("chief:0", "worker:2", "10.0.0.4", "running", "24,000", "172 %", "1.3 GiB", "87 % · 31.2 GiB"):
         assert fact in drawn
-    for fact in ("loss 0.6990", "104/240", "▇", "val"):
+    for fact in ("loss 0.6990", "104/240", "█", "val"):
         assert fact in drawn
 
 
@@ -402,7 +402,7 @@ def test_quiet_is_one_line_at_the_end():
 
 def test_a_terminal_gets_a_line_per_change_and_no_flood():
     board, out = StatusBoard(), io.StringIO()
-    board.apply(RunPlanned("training", names(64)))
+    board.apply(RunPlanned("training", names(64), epochs=2))
     with contextlib.redirect_stdout(out), LiveBoard(board, SimpleNamespace()) as live:
         for event in list(run_events(nodes=64, epochs=2, fail="worker:3"))[1:]:
             board.apply(event)
@@ -516,7 +516,7 @@ def test_a_notebook_run_without_a_front_end_keeps_the_record_and_nothing_else(ju
     assert set(output.data) == {"text/html", "text/plain"}
     assert "done in" in output.data["text/html"]
     assert "done in" in output.data["text/plain"]
-    assert "widget" not in nbformat.writes(notebook)
+    assert "widgets" not in notebook.metadata
 
 
 def test_nbconvert_shows_the_record(jupyter_dirs):
@@ -534,7 +534,7 @@ def test_nbconvert_shows_the_record(jupyter_dirs):
 
 def test_in_a_terminal_ipython(tmp_path):
     script = tmp_path / "cell.py"
-    script.write_text(play_cell(speed=8))
+    script.write_text(play_cell(speed=4))
     master, slave = pty.openpty()
     env = {**os.environ, "IPYTHONDIR": str(tmp_path), "PYTHONPATH": str(TESTS.parent), "TERM": "dumb", "COLUMNS": "120"}
     command = [
@@ -586,7 +586,3 @@ def test_drawing_is_cheap():
     assert (
         time.process_time() - began
     ) / 20 < 0.02  # at two frames a second: a few percent of a core at the very worst
-
-
-def test_the_machine_of_the_fake_run_is_a_machine():
-    assert machine(0).gpus == ()

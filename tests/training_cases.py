@@ -251,11 +251,22 @@ def case_embedding(ctx: Context) -> dict[str, Any]:
     def build() -> Any:
         layers = [keras.Input((4,)), keras.layers.Embedding(50, 8), keras.layers.Flatten()]
         model = keras.Sequential([*layers, keras.layers.Dense(1, "sigmoid")])
-        metrics = [keras.metrics.AUC(name="auc"), keras.metrics.Precision(name="precision")]
-        model.compile(keras.optimizers.Adam(0.01), "binary_crossentropy", metrics=metrics)
+        model.compile(keras.optimizers.Adam(0.01), "binary_crossentropy", metrics=["accuracy"])
         return model
 
     return follow(ctx, build, rows)
+
+
+def case_auc(ctx: Context) -> dict[str, Any]:
+    x, y = classification().columns
+
+    def build() -> Any:
+        model = keras.Sequential([keras.Input((WIDTH,)), keras.layers.Dense(1, "sigmoid")])
+        metrics = [keras.metrics.AUC(name="auc"), keras.metrics.Precision(name="precision")]
+        model.compile(sgd(), "binary_crossentropy", metrics=metrics)
+        return model
+
+    return follow(ctx, build, Rows((x, (y == 1).astype("float32")[:, None])))
 
 
 def case_clipped(ctx: Context) -> dict[str, Any]:

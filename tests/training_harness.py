@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,18 +67,27 @@ def run_nodes(
             _start(python, cases, cluster, job, index, Path(folder) / f"{number}.json")
             for number, (job, index) in enumerate(tasks)
         ]
-        try:
-            outputs = [process.communicate(timeout=timeout_s)[0] for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-                process.communicate()
+        deadline = time.monotonic() + timeout_s
+        outputs = [_output_of(process, deadline) for process in processes]
         files = [Path(folder) / f"{number}.json" for number in range(count)]
         results = [json.loads(file.read_text()) if file.exists() else {} for file in files]
         return [
             NodeOutcome(process.returncode, found, output)
             for process, found, output in zip(processes, results, outputs, strict=True)
         ]
+
+
+def _output_of(process: subprocess.Popen[str], deadline: float) -> str:
+    """Return all that the process prints; one that takes too long is killed, and shows it by its exit status."""
+    try:
+        return process.communicate(timeout=max(0.1, deadline - time.monotonic()))[0]
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.communicate()[0] + "\nkilled: it took too long"
+    except BaseException:
+        process.kill()
+        process.communicate()
+        raise
 
 
 def _start(

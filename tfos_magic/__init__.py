@@ -19,16 +19,16 @@ _MODULES = frozenset(__all__) - {"load_ipython_extension", "unload_ipython_exten
 
 def load_ipython_extension(shell: InteractiveShell) -> None:
     """Register the magics; called by ``%load_ext tfos_magic``."""
-    from tfos_magic import magics
+    from tfos_magic.magics import load
 
-    magics.load(shell)
+    load(shell)
 
 
 def unload_ipython_extension(shell: InteractiveShell) -> None:
     """Take everything back; called by ``%unload_ext tfos_magic``."""
-    from tfos_magic import magics
+    from tfos_magic.magics import unload
 
-    magics.unload(shell)
+    unload(shell)
 
 
 def __getattr__(name: str) -> Any:

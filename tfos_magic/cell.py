@@ -15,7 +15,6 @@ On the far side the cell and the notebook's own functions share one namespace, a
 from __future__ import annotations
 
 import ast
-import asyncio
 import builtins
 import copy
 import difflib
@@ -171,7 +170,7 @@ class CellFunction:
         value = self._run(namespace)
         if self.entry:
             value = namespace[self.entry](args, ctx)
-        return asyncio.run(value) if inspect.iscoroutine(value) else value
+        return _finish(value)
 
     @property
     def captured(self) -> dict[str, Any]:
@@ -210,10 +209,17 @@ class CellFunction:
             flags = self.flags | _AWAIT
             tree = _compile_tree(self.text, self.filename, flags)
             code = compile(_with_value(tree, self.text), self.filename, "exec", flags, dont_inherit=True)
-        result = eval(code, namespace)
-        if inspect.iscoroutine(result):
-            asyncio.run(result)
+        _finish(eval(code, namespace))
         return namespace.pop(_VALUE, None)
+
+
+def _finish(value: Any) -> Any:
+    """Return `value`, or what comes of it when it is a coroutine."""
+    if not inspect.iscoroutine(value):
+        return value
+    import asyncio
+
+    return asyncio.run(value)
 
 
 def install_as_main(namespace: dict[str, Any]) -> None:

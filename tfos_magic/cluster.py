@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 from tfos_magic import archive, roles, session
 from tfos_magic.errors import DataError, FeedError, RunTimeoutError, TfosError, UsageError
 from tfos_magic.failures import Failure, describe_launch_error, error_of, root_of
+from tfos_magic.feed.prepare import prepare
 from tfos_magic.jobs import SparkJob
 from tfos_magic.rendezvous import Message, Peer, RendezvousServer
 from tfos_magic.result import NodeInfo, RunResult
@@ -143,10 +144,13 @@ def run(
     """
     board = board or StatusBoard()
     notify = functools.partial(_tell, [board.apply] + ([on_event] if on_event not in (None, board.apply) else []))
+    frames = {
+        name: prepare(frame, options.features, options.label, options.weight) for name, frame in (data or {}).items()
+    }
     cluster = Cluster(spark, payload, options, on_event=notify, cell_names=cell_names or {})
     try:
-        cluster.start(feeds=tuple(data or ()))
-        for name, frame in (data or {}).items():
+        cluster.start(feeds=tuple(frames))
+        for name, frame in frames.items():
             cluster.feed(name, frame)
         cluster.wait()
         cluster.close()
@@ -342,15 +346,13 @@ class Cluster:
     def feed(self, name: str, frame: DataFrame) -> None:
         """Begin to deal the rows of `frame` over the training nodes; returns at once, the nodes wait for the data.
 
-        Raises
-        ------
-        DataError, UsageError
-            A column is missing or cannot become a tensor.
+        Parameters
+        ----------
+        name : str
+            One of those given to :meth:`start`.
+        frame : DataFrame
+            From :func:`tfos_magic.feed.prepare.prepare`: only columns that can become tensors.
         """
-        from tfos_magic.feed.prepare import prepare
-
-        options = self._options
-        frame = prepare(frame, features=options.features, label=options.label, weight=options.weight)
         targets = self._feed_targets()
         feed = self._feeds[name] = Feed(name, [0] * len(targets))
         for node in targets:
@@ -608,6 +610,7 @@ class Cluster:
                 f"{node.info['address']}:{node.info['port']}",
                 node.info["child_pid"],
                 ".".join(map(str, node.info["python"])),
+                dict(node.times),
             )
             for node in self._nodes
         )

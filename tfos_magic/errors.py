@@ -64,6 +64,14 @@ class TfosError(Exception):
     def __str__(self) -> str:
         return "\n".join(part for part in (self.fact, self.cause, self.hint) if part)
 
+    def render(self) -> list[str]:
+        """Return the message's lines."""
+        return f"{type(self).__name__}: {self}".split("\n")
+
+    def _render_traceback_(self) -> list[str]:
+        """Let IPython show the message alone: the frames in between are this package's, not the user's."""
+        return self.render()
+
     def __reduce__(self) -> tuple[Any, ...]:
         # Exceptions with keyword-only fields come back corrupted by default: rebuild without __init__.
         return _rebuild, (type(self), self.args, self.__dict__.copy())
@@ -311,7 +319,7 @@ class NodeError(TfosError):
     def render(self) -> list[str]:
         """Return the message's lines: remote traceback, the node named, its last log lines, the hint."""
         lines = [*self.remote.render(self.cell_names), ""] if self.remote else []
-        lines += super().__str__().split("\n")
+        lines += TfosError.__str__(self).split("\n")
         if self.log_lines:
             shown = self.log_lines[-_LOG_LINES_SHOWN:]
             lines += ["", f"Last {len(shown)} lines of output of {self.node}:", *(f"  {line}" for line in shown)]

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
-import functools
 import importlib
 import importlib.metadata
 import inspect
@@ -44,6 +43,7 @@ if TYPE_CHECKING:
     from tfos_magic.shipping import Payload
 
 _MAGICS = {"tfos_train": "line_cell", "tfos_namedtuple": "line"}
+_USES_TENSORFLOW = ("tensorflow", "keras", ".dataset(", ".distribute(", ".strategy(")
 _TENSORFLOW = ("tensorflow", "tensorflow-cpu", "tf-nightly", "tensorflow-macos", "tensorflow-intel")
 
 
@@ -127,7 +127,7 @@ class Extension:
     @no_var_expand
     def tfos_train(self, line: str, cell: str | None = None) -> Any:
         """Train on executors; the parser's help text takes this one's place."""
-        with _short_tracebacks():
+        with _help_on_request():
             if cell is None and not line.strip():
                 raise HelpRequestedError
             return self._train(arguments.parse_train(line, self._namespace), cell)
@@ -140,7 +140,7 @@ class Extension:
 
         %tfos_namedtuple [status | revert | restore]
         """
-        with _short_tracebacks():
+        with _help_on_request():
             action = line.strip() or "status"
             if action in ("--help", "-h"):
                 print(inspect.getdoc(self.tfos_namedtuple))
@@ -170,7 +170,7 @@ class Extension:
         function = self._function(wanted, cell)
         args = _args(wanted)
         payload = shipping.pack(function, args=args)
-        options = self._options(wanted, function)
+        options = self._options(wanted, function, payload)
         for warning in payload.warnings:
             print(f"warning: {warning}", file=sys.stderr)
         if wanted.is_dry_run:
@@ -210,7 +210,7 @@ class Extension:
             raise UsageError(f"NAME {name}: a function of (args, ctx) is needed, not {_signature(function)}.")
         return cast("Callable[..., Any]", function)
 
-    def _options(self, wanted: TrainLine, function: Callable[..., Any]) -> RunOptions:
+    def _options(self, wanted: TrainLine, function: Callable[..., Any], payload: Payload) -> RunOptions:
         # A body knows nothing of parameter servers: they serve, and the chief runs it. A function of (args, ctx)
         # follows TensorFlowOnSpark, and looks at ctx.job_name itself.
         is_body = isinstance(function, CellFunction) and function.entry is None
@@ -228,6 +228,7 @@ class Extension:
             seed=wanted.seed,
             timeout_s=wanted.timeout_s,
             serves_itself=not (wanted.ps and wanted.chief and is_body),
+            preload=_preload(payload),
             title=f"{wanted.function or self._label} on {wanted.executors} nodes",
         )
         return options
@@ -306,21 +307,12 @@ give_help_a_body.has_side_effects = True  # type: ignore[attr-defined]  # IPytho
 
 
 @contextlib.contextmanager
-def _short_tracebacks() -> Iterator[None]:
-    """Show our own errors by their message alone: the frames in between are not the user's. Print help if asked."""
+def _help_on_request() -> Iterator[None]:
+    """Print the help text where the line asks for it."""
     try:
         yield
     except HelpRequestedError:
         print(arguments.train_parser().format_help())
-    except TfosError as error:
-        if not hasattr(error, "_render_traceback_"):
-            rendered = functools.partial(_lines, f"{type(error).__name__}: {error}")
-            error._render_traceback_ = rendered  # type: ignore[attr-defined]  # IPython asks the exception
-        raise
-
-
-def _lines(text: str) -> list[str]:
-    return text.split("\n")
 
 
 def _versions() -> str:
@@ -339,6 +331,14 @@ def _args(wanted: TrainLine) -> argparse.Namespace:
     """Return what the function gets as ``args``: the options, then ``--args``, which may override them."""
     names = ("epochs", "batch_size", "label", "features", "weight", "shuffle", "seed")
     return argparse.Namespace(**{**{name: getattr(wanted, name) for name in names}, **(wanted.args or {})})
+
+
+def _preload(payload: Payload) -> tuple[str, ...]:
+    """Return what the nodes import while they meet: TensorFlow, unless nothing says that the function uses it."""
+    modules = {module.name.partition(".")[0] for module in payload.modules}
+    text = "\n".join(payload.sources.values())
+    wants = modules & {"tensorflow", "keras", "tf_keras"} or any(word in text for word in _USES_TENSORFLOW)
+    return ("tensorflow",) if wants else ()
 
 
 def _local_slots(wanted: TrainLine) -> int:

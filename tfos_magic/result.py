@@ -5,11 +5,16 @@ Runs on: driver.
 
 from __future__ import annotations
 
+import html
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from tfos_magic.errors import ResultError
 from tfos_magic.status import StatusBoard
+
+_VALUE_CHARACTERS = 160
 
 
 @dataclass(frozen=True)
@@ -21,6 +26,9 @@ class NodeInfo:
     address: str
     pid: int
     python: str
+    times: Mapping[str, float]
+    """Seconds since the epoch at which the child began (``child``), had imported TensorFlow (``imported``), had heard
+    from all nodes (``met``) and entered the function (``running``)."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -57,6 +65,9 @@ class RunResult:
             from tfos_magic import shipping
 
             self._values.extend(shipping.unpack_result(blob) if blob else None for blob in self._blobs)
+        failed = next((value for value in self._values if isinstance(value, ResultError)), None)
+        if failed is not None:
+            raise failed
         return list(self._values)
 
     @property
@@ -70,6 +81,19 @@ class RunResult:
         return f"<RunResult: {len(self.nodes)} nodes, {seconds:.1f} s" + (f", {last}>" if last else ">")
 
     def _repr_html_(self) -> str:
-        from tfos_magic import widgets
+        """Return a table of the nodes' values; how the run went is on the board above it."""
+        try:
+            values = [_short(value) for value in self.values]
+        except ResultError as error:
+            return f"<pre>{html.escape(repr(self))}\n{html.escape(str(error))}</pre>"
+        rows = "".join(
+            f'<tr><th scope="row" style="text-align:left">{html.escape(node.name)}</th>'
+            f'<td style="text-align:left"><code>{html.escape(value)}</code></td></tr>'
+            for node, value in zip(self.nodes, values, strict=True)
+        )
+        return f"<div><code>{html.escape(repr(self))}</code></div><table><tbody>{rows}</tbody></table>"
 
-        return widgets.render_html(self.board.view())
+
+def _short(value: Any) -> str:
+    text = reprlib.repr(value)
+    return text if len(text) <= _VALUE_CHARACTERS else text[: _VALUE_CHARACTERS - 1] + "…"

@@ -494,7 +494,8 @@ def _left_out_warning(name: str) -> str:
 
 
 def _sources(files: Collection[str]) -> dict[str, str]:
-    return {name: text for name in files if (text := "".join(linecache.getlines(name)))}
+    own = [name for name in files if not Path(name).exists() or _is_local(name)]  # nodes have the libraries' files
+    return {name: text for name in own if (text := "".join(linecache.getlines(name)))}
 
 
 def _own_source(function: Any) -> dict[str, str]:

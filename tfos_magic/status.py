@@ -421,5 +421,6 @@ def clean_line(line: str) -> str:
         return line
     parts = _REWRITE.split(_ESCAPE.sub("", line))
     text = next((part for part in reversed(parts) if part.strip()), "").rstrip("\n")
-    text = _CONTROL.sub("", text.expandtabs().replace("\n", " ")).encode("utf-8", "replace").decode()  # no lone surrogates
+    text = _CONTROL.sub("", text.expandtabs().replace("\n", " "))
+    text = text.encode("utf-8", "replace").decode()  # lone surrogates cannot travel
     return text if len(text) <= _LINE_CHARS_KEPT else text[: _LINE_CHARS_KEPT - 1] + "…"

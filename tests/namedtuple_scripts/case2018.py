@@ -2,7 +2,6 @@
 
 import json
 import sys
-import time
 
 from pyspark import SparkConf, SparkContext
 
@@ -17,7 +16,6 @@ from tfos_magic import namedtuple_patch  # noqa: E402
 feature_columns = [tf.feature_column.numeric_column("x")]
 facts = {"status": namedtuple_patch.status().to_json(), "driver": isinstance(feature_columns[0], _FeatureColumn)}
 if mode == "reverted":
-    started = time.perf_counter()
     facts["report"] = namedtuple_patch.revert().to_json()
     facts["after"] = namedtuple_patch.status().to_json()
 

@@ -3,6 +3,7 @@
 import importlib
 import json
 import sys
+import time
 from collections import Counter
 
 from tfos_magic import namedtuple_patch
@@ -15,7 +16,9 @@ import pyspark.serializers  # noqa: E402, F401
 for name in names:
     importlib.import_module(name)
 before = namedtuple_patch.status().to_json()
-report = namedtuple_patch.revert(keep_main=False).to_json() if mode == "reverted" else None
+started = time.thread_time()
+report = namedtuple_patch.revert(keep_main=False).to_json() if mode == "reverted" else {}
+report["cpu_seconds"] = time.thread_time() - started
 
 
 def describe(cls):

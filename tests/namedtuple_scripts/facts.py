@@ -8,7 +8,6 @@ import json
 import pickle
 import sys
 import threading
-import time
 import typing
 import urllib.parse
 from collections import namedtuple
@@ -134,7 +133,6 @@ now = snapshot()["classes"]
 facts["classes not restored"] = [str(cls) for cls, was in patched["classes"].items() if now[cls] != was]
 facts["restored twice"] = namedtuple_patch.restore().to_json() == facts["restored"]
 
-started = time.perf_counter()
 facts["driver report"] = namedtuple_patch.revert().to_json()
 facts["driver revert again"] = namedtuple_patch.revert().to_json()
 facts["status guarded"] = namedtuple_patch.status().to_json()

@@ -84,6 +84,11 @@ def make_dataset(
         TensorFlow's own exceptions; ``source.error`` keeps the original.
     UsageError
         If a name is unknown or the batch size is not positive.
+
+    Notes
+    -----
+    An iterator that is dropped while it reads ahead (``.prefetch``) of a feed that still runs lets go when the next
+    chunk comes, or when the feed ends or fails: TensorFlow cannot interrupt a generator.
     """
     if batch_size < 1:
         raise UsageError(f"batch_size is {batch_size}; it must be at least 1.")
@@ -261,7 +266,6 @@ class _Reader:
         self.source, self.layout, self.batch_size = source, layout, batch_size
         self._shuffle = shuffle
         self._seed = seed if seed is not None else int(np.random.SeedSequence().generate_state(1)[0])
-        self._whole: _Block | None = None
 
     def superbatches(self) -> Iterator[_Superbatch]:
         """Yield one epoch."""
@@ -323,11 +327,15 @@ class _Reader:
             yield [_Block.extract(batch, self.layout.specs) for batch in batches]
 
     def _single_window(self) -> Iterator[list[_Block]]:
-        """Yield the whole share, joined once for all epochs."""
-        if self._whole is None:
-            parts = [_Block.extract(batch, self.layout.specs) for batch in self.source.chunks()]
-            self._whole = _Block.join(parts, self.layout.specs) if parts else self.nothing().block
-        yield [self._whole]
+        """Yield the whole share. Its columns are joined once, for all epochs and all datasets over this feed."""
+        whole = self.source.whole_columns
+        missing = {name: spec for name, spec in self.layout.specs.items() if spec not in whole}
+        if missing:
+            parts = [_Block.extract(batch, missing) for batch in self.source.chunks()]
+            joined = _Block.join(parts, missing) if parts else self.nothing().block
+            whole.update({spec: joined.columns[name] for name, spec in missing.items()})
+        row_count = self.source.row_count or 0
+        yield [_Block({name: whole[spec] for name, spec in self.layout.specs.items()}, row_count)]
 
     def _cached_windows(self, order: _Order) -> Iterator[list[_Block]]:
         window: list[_Block] = []

@@ -38,6 +38,8 @@ class FeedSource:
 
     Attributes
     ----------
+    whole_columns : dict
+        Datasets keep the feed's joined columns here. Not in a dataset: TensorFlow never frees a generator's closure.
     error : BaseException or None
         What a dataset raised because of this feed. TensorFlow shows it as text inside its own exception; this is the
         original.
@@ -46,6 +48,7 @@ class FeedSource:
     def __init__(self, name: str, node_index: int) -> None:
         self.name = name
         self.node_index = node_index
+        self.whole_columns: dict[Any, Any] = {}
         self.error: BaseException | None = None
         self._changed = threading.Condition()
         self._schema_ipc: bytes | None = None
@@ -100,6 +103,7 @@ class FeedSource:
             if self._fd >= 0:
                 os.close(self._fd)
             self._fd, self._map = -1, None
+            self.whole_columns.clear()
             self._changed.notify_all()
 
     # --- readers ------------------------------------------------------------------------------------------

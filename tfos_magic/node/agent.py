@@ -260,7 +260,7 @@ class Agent:
                 self._host,
                 bytes.fromhex(self._config["feed_secret"]),
                 spool_directory(),
-                lambda notice: self._loop.call_soon_threadsafe(self._guarded, lambda: self._feed_notice(notice)),
+                self._notice_from_thread,
             )
         self._feeds.add(message.header["feed"])
         self._send("feed_port", port=self._receiver.port)
@@ -350,6 +350,9 @@ class Agent:
         lines, dropped = self._lines.take()
         if lines:
             self._send("log", lines=lines, dropped=dropped)
+
+    def _notice_from_thread(self, notice: FeedNotice) -> None:
+        self._loop.call_soon_threadsafe(self._guarded, lambda: self._feed_notice(notice))
 
     def _feed_notice(self, notice: FeedNotice) -> None:
         from tfos_magic.feed import receiver

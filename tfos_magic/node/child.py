@@ -71,12 +71,24 @@ def _live(config: dict[str, Any], payload_fd: int, link: Link) -> None:
         os.close(payload_fd)
         context = NodeContext(config, start, args, link)
         link.send("state", state="RUNNING", times={**times, "running": time.time()})
-        blob = shipping.pack_result(_call(function, args, context))
+        blob = _packed(_call(function, args, context), context)
         link.send_counters()
     except BaseException as error:  # whatever the user's code raises, SystemExit too, belongs to the driver
         link.fail("user", _with_feed_error(error, link.feeds))
         return
     link.send_blob("result", blob)
+
+
+def _packed(value: Any, context: NodeContext) -> bytes:
+    """Return the function's value as bytes; hours of training are not lost because it cannot be pickled."""
+    from tfos_magic import shipping
+    from tfos_magic.errors import ResultError
+
+    try:
+        return shipping.pack_result(value)
+    except ResultError as error:
+        context.log.warning("%s", error)
+        return shipping.pack_result(error)
 
 
 def _with_feed_error(error: BaseException, feeds: Feeds) -> BaseException:

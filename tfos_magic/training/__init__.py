@@ -3,7 +3,9 @@
 Runs on: executors.
 
     ring.py             sums of arrays over all nodes, by TCP; knows nothing of TensorFlow
-    keras_fit.py        Keras's fit and evaluate over a ring
+    keras_fit.py        the hooks on a Keras model: fit and evaluate over a ring
+    shared_step.py      one step of it, as traced
+    agreement.py        what nodes compare before they start
     tf_strategies.py    TensorFlow's own strategies and servers, for custom loops
 
 Importing this imports neither TensorFlow nor Keras; calling its functions does.

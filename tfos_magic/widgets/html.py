@@ -45,6 +45,11 @@ _LEFT = f"{_CELL}left;white-space:nowrap"
 _CLIP = f"{_LEFT};max-width:0;overflow:hidden;text-overflow:ellipsis;opacity:0.7"
 _MUTED = "opacity:0.7"
 _PRE = "margin:2px 0 6px;padding:4px 8px;white-space:pre-wrap;font-size:12px;line-height:1.35;background:none;"
+# Laid out from the end, so that it opens at its last lines.
+_SCROLL = (
+    "display:flex;flex-direction:column-reverse;max-height:320px;overflow:auto;"
+    "border-left:3px solid rgba(128,128,128,0.3)"
+)
 _NBSP = "\N{NO-BREAK SPACE}"
 
 _COLUMNS = (
@@ -285,10 +290,9 @@ def _log(name: str, lines: Sequence[str], budget: int, *, is_open: bool = False)
     left_out = len(lines) - len(tail)
     note = f"… {left_out:,} earlier lines not shown\n" if left_out else ""
     what = "1 line" if len(lines) == 1 else f"{len(lines):,} lines"
-    style = f"{_PRE}max-height:320px;overflow:auto;border-left:3px solid rgba(128,128,128,0.3)"
     return _fold(
         f'Output of {escape(name)} <span style="{_MUTED}">{what}</span>',
-        f'<pre style="{style}">{note}{escape(chr(10).join(tail))}</pre>',
+        f'<div style="{_SCROLL}"><pre style="{_PRE}flex-shrink:0">{note}{escape(chr(10).join(tail))}</pre></div>',
         is_open=is_open,
     )
 

@@ -151,7 +151,8 @@ def _state_changes(before: BoardView, now: BoardView) -> list[str]:
         old = known.get(node.name)
         if state != (_told_state(old) if old is not None else NodeState.PLANNED.value):
             met.setdefault(state, []).append(node.name)
-    return [f"{_names(names, len(now.nodes))}: {state}" for state, names in met.items()]
+    failures_first = sorted(met, key=lambda state: not state.startswith((NodeState.FAILED.value, NodeState.LOST.value)))
+    return [f"{_names(met[state], len(now.nodes))}: {state}" for state in failures_first]
 
 
 def _told_state(node: NodeView) -> str:

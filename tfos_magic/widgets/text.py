@@ -13,7 +13,7 @@ from tfos_magic.widgets import words
 
 _MIN_WIDTH = 40
 _HOST_WIDTH = 18
-_STATE_WIDTH = 27
+_STATE_WIDTH = 32
 _LEFT = frozenset({"role", "host", "state"})
 # The least important first: what is left out when the table is wider than the page.
 _EXPENDABLE = ("GPU", "memory", "CPU", "rows fed", "host", "wait")

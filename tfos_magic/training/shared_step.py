@@ -1,0 +1,364 @@
+"""One training or test step over all nodes: the model's own step, with the exchanges put in while it is traced.
+
+Runs on: executors.
+
+    batch of 0 … B rows ─► the model's step ─► gradients ─► exchange ─► optimizer
+                                            └► metrics, moving statistics ─► exchange ─► logs
+
+Each exchange is one call out of the graph to the ring. Everything a node contributes is weighted with its rows, and
+left out when it has none; divided by all rows, it is what one machine computes from the whole batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from tfos_magic.errors import UsageError
+from tfos_magic.training.ring import Ring
+
+Tensor = Any  # tf.Tensor has no published types
+Step = Callable[[Any], Any]
+
+
+class SharedStep:
+    """One training or test step, as traced: the model's own step with the exchanges put in.
+
+    Parameters
+    ----------
+    model : keras.Model
+    ring : Ring
+    data : nested tensors
+        This node's batch, of any number of rows.
+    kind : {"train", "test"}
+    name : str
+        Put behind the names of the exchanges.
+    """
+
+    def __init__(self, model: Any, ring: Ring, data: Any, kind: str, name: str = "") -> None:
+        self._model = model
+        self._ring = ring
+        self._name = name
+        self._kind = kind
+        self._data = data
+        self._rows = _row_count(data)
+        self._applied = 0
+        self._assigned: dict[int, Any] = {}
+        self._results: dict[int, tuple[Any, Callable[[], Any], int]] = {}
+        self._scalar_means: dict[int, Any] = {}
+
+    def run(self, step: Step) -> Any:
+        """Return what `step` returns, as of the whole batch."""
+        metrics = unique(self._model.metrics)
+        counters = unique([v for metric in metrics for v in metric.variables if wire_dtype(v.dtype)])
+        statistics = [v for v in self._model.non_trainable_weights if _is_float(v)] if self._kind == "train" else []
+        before = {id(v): _read(v) for v in (*counters, *statistics)}
+        with contextlib.ExitStack() as undo:
+            self._intercept(undo, metrics, statistics)
+            logs = step(_never_empty(self._data, self._rows))
+        if self._kind == "train" and not self._applied and self._model.trainable_weights:
+            raise _no_optimizer(self._model)
+        moved = [v for v in statistics if id(v) in self._assigned]
+        return self._merge(logs, counters, moved, before)
+
+    # --- what is put in between ---------------------------------------------------------------------------------
+
+    def _intercept(self, undo: contextlib.ExitStack, metrics: Sequence[Any], statistics: Sequence[Any]) -> None:
+        if self._kind == "train":
+            for optimizer in optimizers_of(self._model):
+                undo.enter_context(_replaced(optimizer, "apply", functools.partial(self._apply, optimizer.apply)))
+        for variable in statistics:
+            undo.enter_context(_replaced(variable, "assign", functools.partial(self._note_assign, variable)))
+        for metric in metrics:
+            undo.enter_context(_replaced(metric, "result", functools.partial(self._note_result, metric.result)))
+            if type(metric) is keras.metrics.Mean:
+                undo.enter_context(_replaced(metric, "update_state", functools.partial(self._note_update, metric)))
+
+    def _note_assign(self, variable: Any, *args: Any, **kwargs: Any) -> Any:
+        self._assigned[id(variable)] = variable
+        return type(variable).assign(variable, *args, **kwargs)
+
+    def _note_result(self, result: Callable[[], Any]) -> Any:
+        value = result()
+        for position, leaf in enumerate(tf.nest.flatten(value)):
+            self._results[id(leaf)] = (leaf, result, position)
+        return value
+
+    def _note_update(self, metric: Any, values: Any, sample_weight: Any = None) -> Any:
+        """Find means of one number per batch without a weight: they stand for all rows of the batch."""
+        if sample_weight is None and tf.convert_to_tensor(values).shape.rank == 0:
+            self._scalar_means[id(metric)] = metric
+        return type(metric).update_state(metric, values, sample_weight=sample_weight)
+
+    def _apply(self, apply: Callable[..., Any], grads: Any, trainable_variables: Any = None) -> Any:
+        """``optimizer.apply`` with the gradients of the whole batch; left out when no node has a row."""
+        grads = list(grads)
+        variables = None if trainable_variables is None else list(trainable_variables)
+        label = f"gradients {self._applied}" if self._applied else "gradients"
+        self._applied += 1
+        dense = [tf.convert_to_tensor(g) for g in grads if g is not None and not _is_slices(g)]
+        slices = [g for g in grads if _is_slices(g)]
+        shared, _, total = self._exchange(dense, [], label)
+        means = iter([tf.cast(mean, g.dtype) for mean, g in zip(shared, dense, strict=True)])
+        rows = iter([self._join_slices(g, total, f"{label}: slices") for g in slices])
+        averaged = [None if g is None else next(rows if _is_slices(g) else means) for g in grads]
+        return self._where_rows(total, lambda: apply(averaged, variables))
+
+    def _join_slices(self, gradient: Any, total: Tensor, label: str) -> Any:
+        """Return the slices of all nodes one after the other, as the whole batch has them.
+
+        Not as a dense sum: Keras's Adam squares each occurrence of a row by itself, so that the result would differ.
+        """
+        values = tf.cast(gradient.values, wire_dtype(gradient.values.dtype))
+        values *= tf.cast(self._rows, values.dtype)
+        indices = tf.cast(gradient.indices, tf.int64)
+        if not self._surely_has_rows:
+            count = tf.where(tf.convert_to_tensor(self._rows) > 0, tf.shape(indices)[0], 0)
+            values, indices = values[:count], indices[:count]
+        joined, where = self._on_host(lambda *a: [self._ring.concatenate(x, label) for x in a], [values, indices])
+        joined = tf.ensure_shape(joined, [None, *gradient.values.shape[1:]])
+        where = tf.ensure_shape(where, [None])
+        joined = tf.cast(_over(joined, tf.maximum(total, 1.0)), gradient.values.dtype)
+        return tf.IndexedSlices(joined, tf.cast(where, gradient.indices.dtype), gradient.dense_shape)
+
+    def _where_rows(self, total: Tensor, action: Callable[[], Any]) -> Any:
+        if self._surely_has_rows:
+            return action()
+        if tf.executing_eagerly():
+            return action() if float(total) > 0 else None
+
+        def act() -> Tensor:
+            action()
+            return tf.constant(True)
+
+        tf.cond(total > 0, act, lambda: tf.constant(False))
+        return None
+
+    # --- after the step -----------------------------------------------------------------------------------------
+
+    def _merge(self, logs: Any, counters: list[Any], moved: list[Any], before: dict[int, Tensor]) -> Any:
+        """Make metrics, moving statistics and logs those of the whole batch, in one exchange."""
+        scalar = {id(v) for metric in self._scalar_means.values() for v in metric.variables}
+        averaged = [v for v in counters if id(v) in scalar]
+        added = [v for v in counters if id(v) not in scalar]
+        leaves = tf.nest.flatten(logs)
+        loose = [x for x in leaves if id(x) not in self._results and _is_float_tensor(x)]
+        deltas = {id(v): _read(v) - before[id(v)] for v in counters}
+        shared, sums, total = self._exchange(
+            [*(deltas[id(v)] for v in averaged), *map(_read, moved), *loose],
+            [deltas[id(v)] for v in added],
+            f"{self._kind} metrics",
+        )
+        means = iter(shared)
+        for variable, change in [*zip(averaged, means, strict=False), *zip(added, sums, strict=True)]:
+            variable.assign(before[id(variable)] + tf.cast(change, variable.dtype))
+        for variable in moved:
+            variable.assign(tf.where(total > 0, tf.cast(next(means), variable.dtype), before[id(variable)]))
+        replaced = {id(x): tf.cast(next(means), x.dtype) for x in loose}
+        return tf.nest.pack_sequence_as(logs, [self._final(leaf, replaced) for leaf in leaves])
+
+    def _final(self, leaf: Any, means: dict[int, Tensor]) -> Any:
+        if id(leaf) in self._results:
+            _, result, position = self._results[id(leaf)]
+            return tf.nest.flatten(result())[position]
+        return means.get(id(leaf), leaf)
+
+    # --- arithmetic ---------------------------------------------------------------------------------------------
+
+    @property
+    def _surely_has_rows(self) -> bool:
+        return isinstance(self._rows, int) and self._rows > 0
+
+    def _exchange(
+        self, weighted: list[Tensor], plain: list[Tensor], label: str
+    ) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """Add up over all nodes, in one message per dtype; an empty batch, whose means are NaN, adds nothing.
+
+        Parameters
+        ----------
+        weighted, plain : list of tensors
+        label : str
+            What this is, for the ring.
+
+        Returns
+        -------
+        means : list of tensors
+            Of `weighted`, each node's value with its rows as the weight.
+        sums : list of tensors
+            Of `plain`.
+        total : tensor
+            The rows of all nodes, a scalar float32.
+        """
+        rows = tf.cast(self._rows, tf.float32)
+        first, second = _pack(weighted), _pack(plain)
+        third = {tf.float32: rows[None]}
+        dtypes = list(dict.fromkeys([*first, *second, *third]))
+        parts = [[first[d] * tf.cast(rows, d)] if d in first else [] for d in dtypes]
+        for dtype, mine in zip(dtypes, parts, strict=True):
+            mine += [group[dtype] for group in (second, third) if dtype in group]
+        messages = [tf.concat(mine, 0) for mine in parts]
+        if not self._surely_has_rows:
+            messages = [tf.where(rows > 0, message, tf.zeros_like(message)) for message in messages]
+        label += self._name
+        sums = self._on_host(lambda *arrays: [self._ring.all_reduce(a, label) for a in arrays], messages)
+        sums = [tf.ensure_shape(total, [None]) for total in sums]
+        split = {
+            dtype: iter(tf.split(total, [_size(part) for part in mine]))
+            for dtype, total, mine in zip(dtypes, sums, parts, strict=True)
+        }
+        means = {dtype: next(split[dtype]) for dtype in first}
+        added = {dtype: next(split[dtype]) for dtype in second}
+        total = next(split[tf.float32])[0]
+        means = {dtype: _over(mean, tf.maximum(total, 1.0)) for dtype, mean in means.items()}
+        return _unpack(means, weighted), _unpack(added, plain), total
+
+    @staticmethod
+    def _on_host(function: Callable[..., list[Any]], tensors: list[Tensor]) -> list[Tensor]:
+        """Call `function` with arrays, now or when the graph runs; its results have the tensors' dtypes."""
+        if tf.executing_eagerly():
+            return [tf.convert_to_tensor(result) for result in function(*(t.numpy() for t in tensors))]
+        with tf.device("CPU:0"):
+            return list(tf.nest.flatten(tf.numpy_function(function, tensors, [t.dtype for t in tensors])))
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Set an attribute of this one instance for a while."""
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        delattr(owner, name)
+
+
+def optimizers_of(model: Any) -> list[Any]:
+    """Return the compiled optimizer and those that a custom model keeps as attributes, also in lists and dicts."""
+    candidates = [getattr(model, "optimizer", None)]
+    for value in vars(model).values():
+        candidates += (
+            value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
+        )
+    return unique([c for c in candidates if isinstance(c, keras.optimizers.Optimizer)])
+
+
+def unique(things: Sequence[Any]) -> list[Any]:
+    """Return `things` in order, each object once."""
+    return list({id(thing): thing for thing in things}.values())
+
+
+def _no_optimizer(model: Any) -> UsageError:
+    return UsageError(
+        f"The train_step of {type(model).__name__} called no optimizer's apply, so that no gradient was averaged.",
+        cause="It changes the weights by itself, or its optimizer is not an attribute of the model.",
+        hint="Call self.optimizer.apply(gradients, self.trainable_weights), or keep the optimizer as self.….",
+    )
+
+
+def rehearse(step: Step, data: Any) -> None:
+    """Trace `step` into a graph that is thrown away."""
+    flat = tf.nest.flatten(data)
+
+    def replay(*stand_ins: Tensor) -> Any:
+        waiting = iter(stand_ins)
+        return step(tf.nest.pack_sequence_as(data, [None if t is None else next(waiting) for t in flat]))
+
+    # Not under tf.init_scope, which stops gradient tapes; a trace needs no scope, it adds nothing to a graph around it.
+    tf.function(replay, autograph=False).get_concrete_function(
+        *(tf.type_spec_from_value(t) for t in flat if t is not None)
+    )
+
+
+def _row_count(data: Any) -> int | Tensor:
+    """Return the rows of a batch: an int where the shape says so, else a scalar tensor."""
+    first = next(t for t in tf.nest.flatten(data, expand_composites=False) if t is not None)
+    if isinstance(first, tf.RaggedTensor):
+        return first.nrows()
+    if isinstance(first, tf.SparseTensor):
+        return first.dense_shape[0]
+    first = tf.convert_to_tensor(first)
+    return tf.shape(first)[0] if first.shape[0] is None else int(first.shape[0])
+
+
+def _read(variable: Any) -> Tensor:
+    return tf.convert_to_tensor(variable.value)
+
+
+def _never_empty(data: Any, rows: int | Tensor) -> Any:
+    """Return the batch, or one row of zeros in place of none: not every layer and loss can do with none.
+
+    What comes of that row is left out afterwards.
+    """
+    flat = tf.nest.flatten(data)
+    if (isinstance(rows, int) and rows > 0) or not all(t is None or isinstance(t, tf.Tensor) for t in flat):
+        return data  # ragged and sparse ones stay as they are
+    present = [t for t in flat if t is not None and t.shape.rank]
+
+    def fill() -> list[Tensor]:
+        return [tf.zeros(tf.concat([[1], tf.shape(t)[1:]], 0), t.dtype) for t in present]
+
+    filled = tf.cond(tf.convert_to_tensor(rows) > 0, lambda: [tf.identity(t) for t in present], fill)
+    replacement = iter(filled)
+    result = []
+    for tensor in flat:
+        if tensor is not None and tensor.shape.rank:
+            new = next(replacement)
+            new = tf.ensure_shape(new, [None, *tensor.shape[1:]])
+            result.append(new)
+        else:
+            result.append(tensor)
+    return tf.nest.pack_sequence_as(data, result)
+
+
+def _pack(values: list[Tensor]) -> dict[Any, Tensor]:
+    """Return per dtype on the wire one flat tensor."""
+    groups: dict[Any, list[Tensor]] = {}
+    for value in values:
+        dtype = wire_dtype(value.dtype)
+        groups.setdefault(dtype, []).append(tf.reshape(tf.cast(value, dtype), [-1]))
+    return {dtype: tf.concat(flats, 0) for dtype, flats in groups.items()}
+
+
+def _unpack(flats: dict[Any, Tensor], values: list[Tensor]) -> list[Tensor]:
+    """Inverse of :func:`_pack`: the parts of `flats` in the shapes of `values`."""
+    parts = {}
+    for dtype, flat in flats.items():
+        parts[dtype] = iter(tf.split(flat, [_size(v) for v in values if wire_dtype(v.dtype) == dtype]))
+    return [
+        tf.reshape(next(parts[wire_dtype(v.dtype)]), v.shape if v.shape.is_fully_defined() else tf.shape(v))
+        for v in values
+    ]
+
+
+def _over(value: Tensor, divisor: Tensor) -> Tensor:
+    return value / tf.cast(divisor, value.dtype)
+
+
+def _is_slices(gradient: Any) -> bool:
+    return isinstance(gradient, tf.IndexedSlices)
+
+
+def _size(value: Tensor) -> Any:
+    return value.shape.num_elements() if value.shape.is_fully_defined() else tf.size(value)
+
+
+def _is_float(variable: Any) -> bool:
+    return bool(tf.as_dtype(variable.dtype).is_floating)
+
+
+def _is_float_tensor(value: Any) -> bool:
+    return tf.is_tensor(value) and bool(value.dtype.is_floating)
+
+
+def wire_dtype(dtype: Any) -> Any:
+    """Return the dtype that travels in place of `dtype`, None where sums make no sense."""
+    dtype = tf.as_dtype(dtype)
+    if dtype == tf.float64:
+        return dtype
+    if dtype.is_floating:
+        return tf.float32
+    return tf.int64 if dtype.is_integer or dtype.is_bool else None
