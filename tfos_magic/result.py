@@ -76,22 +76,27 @@ class RunResult:
         return {node.name: self.board.logs(node.name) for node in self.nodes}
 
     def __repr__(self) -> str:
-        last = ", ".join(f"{name} {values[-1]:.4g}" for name, values in self.history.items() if values)
-        seconds = self.timings.get("total", 0.0)
-        return f"<RunResult: {len(self.nodes)} nodes, {seconds:.1f} s" + (f", {last}>" if last else ">")
+        facts = [f"{len(self.nodes)} nodes", f"{self.timings.get('total', 0.0):.1f} s"]
+        facts += [f"{name} {values[-1]:.4g}" for name, values in self.history.items() if values]
+        try:
+            if any(value is not None for value in self.values):
+                facts.append(f"values {_short(self.values)}")
+        except ResultError as error:
+            facts.append(error.fact)
+        return f"<RunResult: {', '.join(facts)}>"
 
     def _repr_html_(self) -> str:
         """Return a table of the nodes' values; how the run went is on the board above it."""
         try:
             values = [_short(value) for value in self.values]
         except ResultError as error:
-            return f"<pre>{html.escape(repr(self))}\n{html.escape(str(error))}</pre>"
+            return f"<pre>{html.escape(str(error))}</pre>"
         rows = "".join(
             f'<tr><th scope="row" style="text-align:left">{html.escape(node.name)}</th>'
             f'<td style="text-align:left"><code>{html.escape(value)}</code></td></tr>'
             for node, value in zip(self.nodes, values, strict=True)
         )
-        return f"<div><code>{html.escape(repr(self))}</code></div><table><tbody>{rows}</tbody></table>"
+        return f"<table><tbody>{rows}</tbody></table>"
 
 
 def _short(value: Any) -> str:

@@ -21,9 +21,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -51,8 +53,10 @@ def main(archive_fd: int, config_fd: int, payload_fd: int, lifeline_fd: int) -> 
     become_subreaper()
     config = json.loads(channel.read_all(config_fd))
     agent = None
+    # AutoGraph and others leave files there when their process is killed.
+    scratch = tempfile.mkdtemp(prefix="tfos_magic-", dir=scratch_directory())
     try:
-        child = Child(archive_fd, config_fd, payload_fd)  # first of all: TensorFlow's import is what takes time
+        child = Child(archive_fd, config_fd, payload_fd, scratch)  # first of all: TensorFlow's import takes the time
         try:
             agent = _meet(config, child)
             if agent is not None:
@@ -61,6 +65,7 @@ def main(archive_fd: int, config_fd: int, payload_fd: int, lifeline_fd: int) -> 
             child.kill()
     finally:
         kill_descendants()
+        shutil.rmtree(scratch, ignore_errors=True)
         if agent is not None:
             agent.close()
         os._exit(0)
@@ -90,7 +95,7 @@ def _meet(config: dict[str, Any], child: Child) -> Agent | None:
 class Child:
     """The user's process as its agent sees it: started here, watched here, killed here."""
 
-    def __init__(self, archive_fd: int, config_fd: int, payload_fd: int) -> None:
+    def __init__(self, archive_fd: int, config_fd: int, payload_fd: int, scratch: str) -> None:
         self.channel, theirs = channel.pair()
         descriptors = [archive_fd, config_fd, payload_fd, theirs.fileno()]
         boot = _BOOT.format(archive=archive_fd, fds=", ".join(map(str, [*descriptors[1:], os.getpid()])))
@@ -102,6 +107,7 @@ class Child:
                 stdout=theirs_output,
                 stderr=theirs_output,
                 pass_fds=descriptors,
+                env={**os.environ, "TMPDIR": scratch},
             )
         finally:
             theirs.close()
@@ -259,7 +265,7 @@ class Agent:
             self._receiver = FeedReceiver(
                 self._host,
                 bytes.fromhex(self._config["feed_secret"]),
-                spool_directory(),
+                scratch_directory(),
                 self._notice_from_thread,
             )
         self._feeds.add(message.header["feed"])
@@ -369,10 +375,8 @@ class Agent:
             self._to_child({"type": "feed_failed", "feed": notice.name, "message": notice.message})
 
 
-def spool_directory() -> str:
+def scratch_directory() -> str:
     """Return where Spark keeps this executor's scratch data, else the system's temporary directory."""
-    import tempfile
-
     for name in ("SPARK_EXECUTOR_DIRS", "LOCAL_DIRS", "SPARK_LOCAL_DIRS"):
         for path in os.environ.get(name, "").split(os.pathsep if name == "SPARK_EXECUTOR_DIRS" else ","):
             if path and os.access(path, os.W_OK):

@@ -25,6 +25,7 @@ import contextlib
 import inspect
 import logging
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -38,6 +39,8 @@ from tfos_magic.training.ring import Ring
 from tfos_magic.training.shared_step import SharedStep, Step, optimizers_of, rehearse, wire_dtype
 
 _log = logging.getLogger(__name__)
+# A feed's length is known only at its end, and the end of an epoch is then news to Keras, not a mistake.
+_END_OF_EPOCH = "Your input ran out of data"
 
 _REPORT_EVERY_S = 0.4
 
@@ -57,6 +60,7 @@ class KerasFit:
     """
 
     def __init__(self, model: Any, ring: Ring | None, ctx: Any, number: int = 0) -> None:
+        warnings.filterwarnings("ignore", message=_END_OF_EPOCH)
         self.model = model
         self.ctx = ctx
         self.number = number
