@@ -106,7 +106,12 @@ class Snapshot:
 
     def _wait_for_ends(self, grace_s: float) -> None:
         deadline = time.monotonic() + grace_s
-        psutil.wait_procs([p for p in _processes() if p not in self.processes and not _is_zombie(p)], grace_s)
+        # Again and again: a Python worker that Spark has killed shows up without a name for a moment as it goes.
+        while (left := deadline - time.monotonic()) > 0:
+            new = [p for p in _processes() if p not in self.processes and not _is_zombie(p)]
+            if not new:
+                break
+            psutil.wait_procs(new, left)
         for thread in set(_threads()) - self.threads:
             thread.join(max(0.0, deadline - time.monotonic()))
 

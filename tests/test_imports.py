@@ -48,6 +48,7 @@ LAYERS = {
     "tfos_magic.node.child": "executor",
     "tfos_magic.node.context": "executor",
     "tfos_magic.node.launch": "executor",
+    "tfos_magic.node.link": "executor",
     "tfos_magic.node.output": "executor",
     "tfos_magic.node.processes": "executor",
     "tfos_magic.training": "executor",
@@ -58,8 +59,11 @@ LAYERS = {
     "tfos_magic.training.tf_strategies": "executor",
     "tfos_magic.cluster": "driver",
     "tfos_magic.failures": "driver",
+    "tfos_magic.feeding": "driver",
     "tfos_magic.java": "driver",
     "tfos_magic.jobs": "driver",
+    "tfos_magic.members": "driver",
+    "tfos_magic.options": "driver",
     "tfos_magic.result": "driver",
     "tfos_magic.roles": "driver",
     "tfos_magic.session": "driver",
@@ -75,7 +79,6 @@ LAYERS = {
 # The package's face names modules of all layers, and loads none of them before it is asked for one.
 FACE = "tfos_magic"
 # One step back, and why: a result draws itself when a notebook asks for its HTML, and only then.
-BACK = {("tfos_magic.result", "tfos_magic.widgets")}
 HEAVY = {"IPython", "asyncio", "ipywidgets", "keras", "multiprocessing", "numpy", "pandas", "pyarrow", "pyspark"}
 ABSENT_ON_EXECUTORS = {"IPython", "ipywidgets", "keras", "pyspark", "tensorflow"}
 # Reached only when the user's function has imported Keras, which itself imports IPython where that is installed.
@@ -127,7 +130,7 @@ def test_every_module_has_a_layer_and_every_line_of_the_table_a_module() -> None
 @pytest.mark.parametrize("module", sorted(set(modules()) - {FACE}))
 def test_imports_never_go_back(module: str) -> None:
     allowed = ORDER[: ORDER.index(LAYERS.get(module, "both")) + 1]
-    known = [n for n in imported_names(modules()[module]) if n in LAYERS and (module, n) not in BACK]
+    known = [n for n in imported_names(modules()[module]) if n in LAYERS]
     back = {n: LAYERS[n] for n in known if n != FACE and LAYERS[n] not in allowed}
     assert not back, f"{module} ({LAYERS.get(module)}) must not know {back}"
 

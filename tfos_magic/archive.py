@@ -109,8 +109,10 @@ def _call_in_archive(entry: str, archive: bytes, *args: Any) -> Iterator[Any]:
         sys.modules.update(displaced)
         if path in sys.path:
             sys.path.remove(path)
-        # The next memfd may get the same number: a stale directory listing must not outlive this one.
-        invalidate = getattr(sys.path_importer_cache.pop(path, None), "invalidate_caches", None)
-        if invalidate is not None:
-            invalidate()
         os.close(descriptor)
+        # The next memfd may get the same number, so no listing of this one may outlive it: neither the package's nor
+        # those of the packages inside. Closed first, or they would be read again instead of forgotten.
+        for place in [place for place in sys.path_importer_cache if place == path or place.startswith(path + "/")]:
+            invalidate = getattr(sys.path_importer_cache.pop(place), "invalidate_caches", None)
+            if invalidate is not None:
+                invalidate()

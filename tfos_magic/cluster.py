@@ -21,24 +21,20 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tfos_magic import archive, roles, session
-from tfos_magic.errors import DataError, FeedError, RunTimeoutError, TfosError, UsageError
+from tfos_magic.errors import RunTimeoutError, TfosError
 from tfos_magic.failures import Failure, describe_launch_error, error_of, root_of
 from tfos_magic.feed.prepare import prepare
+from tfos_magic.feeding import Delivery
 from tfos_magic.jobs import SparkJob
+from tfos_magic.members import Member
+from tfos_magic.options import RunOptions
 from tfos_magic.rendezvous import Message, Peer, RendezvousServer
-from tfos_magic.result import NodeInfo, RunResult
+from tfos_magic.result import RunResult
 from tfos_magic.status import (
     Event,
-    GpuSample,
-    MachineSample,
-    MetricsReported,
-    NodeBeat,
-    NodeChanged,
-    NodeLogged,
     NodeState,
     PhaseChanged,
     RunEnded,
@@ -51,60 +47,9 @@ if TYPE_CHECKING:
 
     from tfos_magic.shipping import Payload
 
-_MEET_TIMEOUT_S = 60.0
+_PATIENCE_S = 60.0
 _CONSEQUENCE_GRACE_S = 1.5
 _CLOSE_TIMEOUT_S = 5.0
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """How to run; checked when made.
-
-    Attributes
-    ----------
-    num_nodes : int
-        All nodes, parameter servers and evaluator included.
-    epochs, batch_size : int
-        `batch_size` is per node: a step of N nodes takes N times as many rows.
-    label, weight : str, optional
-    features : tuple of str, optional
-        Columns; see ``ctx.dataset``.
-    timeout_s : float, optional
-        The whole run's limit; None for none.
-    preload : tuple of str
-        Modules that each node imports while the nodes meet, before it unpickles the function.
-    serves_itself : bool
-        With parameter servers: True when the function runs on every node and serves there by itself, as
-        TensorFlowOnSpark's do; False when ps and workers only serve and the chief alone runs the function.
-    """
-
-    num_nodes: int
-    num_ps: int = 0
-    chief: bool = True
-    evaluator: bool = False
-    epochs: int = 1
-    batch_size: int = 64
-    label: str | None = None
-    features: tuple[str, ...] | None = None
-    weight: str | None = None
-    shuffle: bool = True
-    seed: int | None = None
-    timeout_s: float | None = None
-    serves_itself: bool = True
-    preload: tuple[str, ...] = ("tensorflow",)
-    title: str = "tfos_magic"
-
-    def __post_init__(self) -> None:
-        for name in ("num_nodes", "epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
-        if self.timeout_s is not None and self.timeout_s <= 0:
-            raise UsageError(f"timeout_s is {self.timeout_s:g}; it must be more than 0.")
-        self.roles()
-
-    def roles(self) -> tuple[roles.Role, ...]:
-        """Return one role per node; UsageError when there are too few nodes."""
-        return roles.assign(self.num_nodes, num_ps=self.num_ps, has_chief=self.chief, has_evaluator=self.evaluator)
 
 
 def run(
@@ -172,40 +117,6 @@ def _tell(listeners: Sequence[Callable[[Event], None]], event: Event) -> None:
         listener(event)
 
 
-@dataclass(eq=False)
-class Node:
-    """One node as the driver knows it."""
-
-    index: int
-    role: roles.Role
-    peer: Peer | None = None
-    info: dict[str, Any] = field(default_factory=dict)
-    times: dict[str, float] = field(default_factory=dict)
-    state: NodeState = NodeState.PLANNED
-    feed_port: int | None = None
-    result: bytes | None = None
-    has_ended: bool = False
-    """Its connection is closed: agent and child are gone."""
-
-    @property
-    def name(self) -> str:
-        """``worker:2``."""
-        return self.role.name
-
-
-@dataclass
-class Feed:
-    """One DataFrame on its way to the nodes."""
-
-    name: str
-    rows_per_node: list[int]
-    """Rows that count so far, for each node that takes data."""
-    committed: dict[int, int] = field(default_factory=dict)
-    """Partition → the attempt that counts."""
-    job: SparkJob | None = None
-    error: TfosError | None = None
-
-
 class Cluster:
     """The nodes of one run, from the first task to the last process gone.
 
@@ -232,8 +143,8 @@ class Cluster:
         self._id = secrets.token_hex(4)
         # One secret for each kind of connection: to the driver, from feed tasks, between nodes.
         self._secret, self._feed_secret, self._node_secret = (secrets.token_bytes(32) for _ in range(3))
-        self._nodes = [Node(index, role) for index, role in enumerate(options.roles())]
-        self._feeds: dict[str, Feed] = {}
+        self._nodes = [Member(index, role, on_event) for index, role in enumerate(options.roles())]
+        self._feeds: dict[str, Delivery] = {}
         self._feed_names: tuple[str, ...] = ()
         self._failures: list[Failure] = []
         self._is_closing = False
@@ -263,7 +174,7 @@ class Cluster:
         bind, host = session.driver_address(self._context)
         self._server = RendezvousServer(bind, self._secret, self._on_message, self._on_close)
         self._launch((host, self._server.port), holds_slots=slots > len(self._nodes))
-        self._wait_until(lambda: all(node.peer for node in self._nodes), "meet", _MEET_TIMEOUT_S)
+        self._wait_until(lambda: all(node.peer for node in self._nodes), "Waiting for free slots", None)
         self._timings["connected"] = self.elapsed_s
         self._send_start()
 
@@ -301,17 +212,16 @@ class Cluster:
         # Spark refuses barrier stages under dynamic allocation (SPARK-24942); there tasks come as slots do.
         tasks = rdd.mapPartitions(task) if session.is_dynamic(self._context) else rdd.barrier().mapPartitions(task)
         self._launch_job = SparkJob(
-            self._context, f"tfos_magic-{self._id}", f"tfos_magic: {count} nodes", tasks.collect, self._job_ended
+            self._context, f"tfos_magic-{self._id}", f"tfos_magic: {count} nodes", tasks.collect, self._launch_ended
         )
 
     def _send_start(self) -> None:
         addresses = [f"{node.info['address']}:{node.info['port']}" for node in self._nodes]
         spec = roles.cluster_spec([node.role for node in self._nodes], addresses)
         for node in self._nodes:  # node 0 first: it leads the others, who wait a second if it is late
-            if node.peer is not None:
-                node.peer.send(self._start_message(node, spec))
+            node.send(self._start_message(node, spec))
 
-    def _start_message(self, node: Node, spec: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    def _start_message(self, node: Member, spec: Mapping[str, Sequence[str]]) -> dict[str, Any]:
         environment = {"TF_CONFIG": roles.tf_config(node.role, spec), "TF_GRPC_REUSE_PORT": "true"}
         if node.info["gpus"] is not None:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(node.info["gpus"])
@@ -353,150 +263,74 @@ class Cluster:
         frame : DataFrame
             From :func:`tfos_magic.feed.prepare.prepare`: only columns that can become tensors.
         """
-        targets = self._feed_targets()
-        feed = self._feeds[name] = Feed(name, [0] * len(targets))
-        for node in targets:
-            if node.peer is not None:
-                node.peer.send({"type": "open_feed", "feed": name})
-        self._wait_until(lambda: all(node.feed_port for node in targets), "open the feed", _MEET_TIMEOUT_S)
-        plan = {
-            "name": name,
-            "secret": self._feed_secret.hex(),
-            "nodes": [(node.info["address"], node.feed_port) for node in targets],
-            "rendezvous": (session.driver_address(self._context)[1], self._server.port if self._server else 0),
-            "rendezvous_secret": self._secret.hex(),
-        }
+        delivery = self._feeds[name] = Delivery(name, self._feed_targets())
+        delivery.open()
+        self._wait_until(lambda: delivery.is_open, "Opening the feed on the nodes", _PATIENCE_S)
+        rendezvous = session.driver_address(self._context)[1], self._server.port if self._server else 0
+        plan = delivery.plan(self._feed_secret, rendezvous, self._secret)
         task = functools.partial(archive.by_value("tfos_magic.feed.task:feed_task", archive.build()), plan)
         action = frame.mapInArrow(task, "rows long").collect
         group, description = f"tfos_magic-{self._id}-{name}", f"tfos_magic: feed {name}"
-        feed.job = SparkJob(self._context, group, description, action, lambda job: self._feed_ended(feed, job))
+        delivery.job = SparkJob(
+            self._context, group, description, action, lambda job: self._delivery_ended(delivery, job)
+        )
 
-    def _feed_targets(self) -> list[Node]:
+    def _feed_targets(self) -> list[Member]:
         return [node for node in self._nodes if node.role.is_training and not self._is_server(node.role)]
 
-    def _feed_ended(self, feed: Feed, job: SparkJob) -> None:
+    def _delivery_ended(self, delivery: Delivery, job: SparkJob) -> None:
         with self._changed:
-            rows = feed.rows_per_node
-            if job.error is not None and feed.error is None:
-                feed.error = FeedError(
-                    f"Spark failed while it delivered {feed.name!r}: {_first_line(job.error)}",
-                    cause="Spark could not compute the DataFrame, or a node went away.",
-                )
-                feed.error.__cause__ = job.error
-            elif feed.error is None and sum(rows) == 0:
-                feed.error = DataError(f"The DataFrame for {feed.name!r} has 0 rows.", hint="Look at its filters.")
-            if feed.error is not None and not self._is_closing:
-                self._failures.append(Failure("feed", error=feed.error))
-            elif not self._is_closing:
-                self._timings[f"fed_{feed.name}"] = self.elapsed_s
+            if not self._is_closing:
+                delivery.end(job)
+                self._timings[f"fed_{delivery.name}"] = self.elapsed_s
+                self._note_feed_error(delivery)
             self._changed.notify_all()
-        for node in self._feed_targets():
-            if node.peer is not None and feed.error is None:
-                node.peer.send({"type": "feed_end", "feed": feed.name, "rows_per_node": rows})
 
-    def _commit(self, peer: Peer, header: Mapping[str, Any]) -> None:
-        """Decide which attempt of a partition counts: the first that delivered all of it."""
-        feed = self._feeds[header["feed"]]
-        partition, attempt = header["partition"], header["attempt"]
-        is_accepted = feed.committed.setdefault(partition, attempt) == attempt
-        if is_accepted:
-            feed.rows_per_node = [total + rows for total, rows in zip(feed.rows_per_node, header["rows"], strict=True)]
-            decision = {"type": "publish", "feed": feed.name, "partition": partition, "attempt": attempt}
-            for node, rows in zip(self._feed_targets(), header["rows"], strict=True):
-                if node.peer is not None:
-                    node.peer.send({**decision, "rows": rows})
-        peer.send({"type": "committed", "accepted": is_accepted})
+    def _note_feed_error(self, delivery: Delivery) -> None:
+        if delivery.error is not None:
+            self._note(Failure("feed", error=delivery.error))
 
     # --- what nodes report (in the rendezvous' thread) ----------------------------------------------------
 
     def _on_message(self, peer: Peer, message: Message) -> None:
         with self._changed:
-            if message.type == "commit":
-                self._commit(peer, message.header)
+            header = message.header
+            if message.type == "hello":
+                self._nodes[header["index"]].greet(peer, dict(header))
+            elif message.type == "commit":
+                self._feeds[header["feed"]].commit(peer, header)
             elif message.type == "feed_error":
-                self._feed_failed(message.header)
-            elif message.type == "hello":
-                self._greet(peer, dict(message.header))
-            elif "node" in peer.info:
-                self._node_reports(peer.info["node"], message)
+                self._feeds[header["feed"]].refuse(header)
+                self._note_feed_error(self._feeds[header["feed"]])
+            elif "member" in peer.info:
+                self._take_report(peer.info["member"], message)
             self._changed.notify_all()
 
-    def _feed_failed(self, header: Mapping[str, Any]) -> None:
-        feed = self._feeds[header["feed"]]
-        if feed.error is None:
-            feed.error = DataError(header["fact"], cause=header["cause"], hint=header["hint"])
-            self._failures.append(Failure("feed", error=feed.error))
-
-    def _greet(self, peer: Peer, hello: dict[str, Any]) -> None:
-        node = self._nodes[hello["index"]]
-        if node.peer is not None:  # a task that Spark ran twice
-            peer.close()
-            return
-        node.peer, node.info = peer, hello
-        peer.info["node"] = node
-        self._set_state(node, NodeState.STARTING)
-
-    def _node_reports(self, node: Node, message: Message) -> None:
-        header = message.header
-        if message.type == "state":
-            node.times.update(header.get("times", {}))
-            self._set_state(node, NodeState[header["state"]])
-        elif message.type == "beat":
-            self._beat(node, header)
-        elif message.type == "log":
-            self._emit(NodeLogged(node.name, tuple(header["lines"]), header["dropped"]))
-        elif message.type == "metrics":
-            self._emit(MetricsReported(node.name, header["values"], header["step"], header["epoch"]))
-        elif message.type == "feed_port":
-            node.feed_port = header["port"]
-        elif message.type == "result":
-            node.result = message.blob
-            self._set_state(node, NodeState.FINISHED)
-        elif message.type == "failure":
-            self._node_failed(node, Failure.from_report(node.index, header))
-        elif message.type == "exited" and not header["answered"]:
-            self._node_failed(node, Failure("exited", node=node.index, code=header["code"], tail=tuple(header["tail"])))
-
-    def _beat(self, node: Node, header: Mapping[str, Any]) -> None:
-        machine = dict(header["machine"])
-        gpus = tuple(GpuSample(**gpu) for gpu in machine.pop("gpus", ()))
-        if node.state in (NodeState.RUNNING, NodeState.WAITING):
-            self._set_state(node, NodeState.WAITING if header.get("is_waiting") else NodeState.RUNNING)
-        self._emit(
-            NodeBeat(
-                node.name,
-                rows_received=header["rows_received"],
-                rows_consumed=header.get("rows_consumed", 0),
-                wait_s=header.get("wait_s", 0.0),
-                machine=MachineSample(**machine, gpus=gpus),
-            )
-        )
-
-    def _node_failed(self, node: Node, failure: Failure) -> None:
-        if not self._is_closing:
-            self._failures.append(failure)
-            self._set_state(node, NodeState.FAILED)
+    def _take_report(self, node: Member, message: Message) -> None:
+        failure = node.report(message)
+        if failure is not None and self._note(failure):
+            node.change(NodeState.FAILED)
 
     def _on_close(self, peer: Peer) -> None:
         with self._changed:
-            node = peer.info.get("node")
+            node = peer.info.get("member")
             if node is not None:
                 node.has_ended = True
-                if not self._is_closing:
-                    self._failures.append(Failure("lost", node=node.index))
-                    self._set_state(node, NodeState.LOST)
+                if self._note(Failure("lost", node=node.index)):
+                    node.change(NodeState.LOST)
             self._changed.notify_all()
 
-    def _set_state(self, node: Node, state: NodeState) -> None:
-        if state is not node.state and not node.state.is_final:
-            node.state = state
-            self._emit(NodeChanged(node.name, state, node.info.get("host", "")))
-
-    def _job_ended(self, job: SparkJob) -> None:
+    def _launch_ended(self, job: SparkJob) -> None:
         with self._changed:
-            if job.error is not None and not self._is_closing:
-                self._failures.append(Failure("launch", error=describe_launch_error(job.error)))
+            if job.error is not None:
+                self._note(Failure("launch", error=describe_launch_error(job.error)))
             self._changed.notify_all()
+
+    def _note(self, failure: Failure) -> bool:
+        """Keep a failure; what fails once the end has begun is the end's own doing and does not count."""
+        if not self._is_closing:
+            self._failures.append(failure)
+        return not self._is_closing
 
     # --- wait ---------------------------------------------------------------------------------------------
 
@@ -510,7 +344,7 @@ class Cluster:
         """
         self._emit(PhaseChanged("running"))
         waited_for = [node for node in self._nodes if not self._is_server(node.role)]
-        self._wait_until(lambda: all(node.result is not None for node in waited_for), "finish", None)
+        self._wait_until(lambda: all(node.result is not None for node in waited_for), "Running", None)
         for name in ("imported", "running"):
             stamps = [node.times[name] for node in self._nodes if name in node.times]
             if stamps:
@@ -534,12 +368,11 @@ class Cluster:
                 cause="; ".join(f"{node.name} is {node.state.value}" for node in self._nodes),
                 hint="Give it more time with --timeout, or look at the nodes' logs.",
             )
-        if deadline is not None and time.monotonic() > deadline and not session.is_dynamic(self._context):
-            late = [node.name for node in self._nodes if node.peer is None or node.feed_port is None]
+        if deadline is not None and time.monotonic() > deadline:
             raise RunTimeoutError(
-                f"{len(late)} of {len(self._nodes)} nodes did not {purpose} in {_MEET_TIMEOUT_S:.0f} s: "
-                f"{', '.join(late)}.",
-                cause="Their Spark tasks may wait for slots that other jobs hold: see the Spark UI.",
+                f"{purpose} took more than {_PATIENCE_S:.0f} s.",
+                cause="; ".join(f"{node.name} is {node.state.value}" for node in self._nodes),
+                hint="The executors' stderr (Spark UI) says what they do.",
             )
 
     def _root_error(self) -> TfosError:
@@ -547,7 +380,7 @@ class Cluster:
         deadline = time.monotonic() + _CONSEQUENCE_GRACE_S
         while (root := root_of(self._failures)).is_consequence and time.monotonic() < deadline:
             self._changed.wait(deadline - time.monotonic())
-        nodes = {node.index: (node.name, node.info.get("host", "an unknown host")) for node in self._nodes}
+        nodes = {node.index: (node.name, node.host) for node in self._nodes}
         return error_of(root, self._failures, nodes, self._cell_names)
 
     # --- end ----------------------------------------------------------------------------------------------
@@ -579,8 +412,7 @@ class Cluster:
 
     def _stop_nodes(self) -> None:
         for node in self._nodes:
-            if node.peer is not None:
-                node.peer.send({"type": "stop"})
+            node.send({"type": "stop"})
         for feed in self._feeds.values():
             if feed.job is not None:
                 feed.job.cancel()
@@ -593,7 +425,7 @@ class Cluster:
                     break
                 self._changed.wait(0.1)
             for node in self._nodes:
-                self._set_state(node, NodeState.DONE if node.result is not None else NodeState.STOPPED)
+                node.change(NodeState.DONE if node.result is not None else NodeState.STOPPED)
         if self._launch_job is not None:
             self._launch_job.wait(_CLOSE_TIMEOUT_S)
 
@@ -603,17 +435,7 @@ class Cluster:
 
     def result(self, board: StatusBoard) -> RunResult:
         """Return what the nodes returned; call it after :meth:`wait`."""
-        infos = tuple(
-            NodeInfo(
-                node.name,
-                node.info["host"],
-                f"{node.info['address']}:{node.info['port']}",
-                node.info["child_pid"],
-                ".".join(map(str, node.info["python"])),
-                dict(node.times),
-            )
-            for node in self._nodes
-        )
+        infos = tuple(node.describe() for node in self._nodes)
         history = {name: list(values) for name, values in board.view().history.items()}
         blobs = tuple(node.result or b"" for node in self._nodes)
         return RunResult(infos, history, dict(self._timings), board, blobs)
@@ -631,11 +453,6 @@ def plan(spark: Any, options: RunOptions) -> list[str]:
         else f"too few slots: {len(names)} needed, {slots} there",
         f"driver address {session.driver_address(context)[1]}, Spark {context.version}",
     ]
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 __all__ = ["Cluster", "RunOptions", "plan", "run"]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from tfos_magic.feed.datafeed import DataFeed
     from tfos_magic.feed.source import Feeds, FeedSource
-    from tfos_magic.node.child import Link
+    from tfos_magic.node.link import Link
 
 _SERVER_JOBS = frozenset({"ps"})
 _NOT_TRAINING = frozenset({"ps", "evaluator"})

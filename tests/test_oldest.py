@@ -1,0 +1,207 @@
+"""The whole way – notebook, cluster, feed, Keras – with the oldest versions that are supported."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.slow, pytest.mark.oldest]
+
+HERE = os.path.dirname(__file__)
+ROOT = os.path.dirname(HERE)
+Old = Callable[..., dict[str, Any]]
+
+BEGIN = """
+import json, os, textwrap, time
+import leftovers, psutil
+from runs import run_cell
+
+found = {}
+
+def cell(text):
+    return textwrap.dedent(text).strip()
+
+def nodes_alive():
+    mine = os.environ[leftovers.MARK]
+    found = psutil.process_iter(["cmdline", "environ"])
+    lines = [each.info["cmdline"] for each in found if (each.info["environ"] or {}).get(leftovers.MARK) == mine]
+    return [line for line in lines if any("tfos_magic.node" in part for part in line)]
+
+"""
+END = """
+assert not nodes_alive(), nodes_alive()
+print("FOUND", json.dumps(found))
+spark.stop()
+"""
+
+
+@pytest.fixture
+def old(spark_script: Callable[..., subprocess.CompletedProcess[str]], oldest_python: Path) -> Old:
+    """Return a function that runs a script with the oldest versions, and returns what it has put into ``found``."""
+
+    def run(code: str, *, has_session: bool = True) -> dict[str, Any]:
+        session = "from pyspark.sql import SparkSession\nspark = SparkSession.builder.getOrCreate()\n" * has_session
+        done = spark_script(
+            BEGIN + session + textwrap.dedent(code) + END,
+            python=oldest_python,
+            env={"PYTHONPATH": f"{ROOT}{os.pathsep}{HERE}", "TF_CPP_MIN_LOG_LEVEL": "3"},
+        )
+        line = next((line for line in done.stdout.splitlines() if line.startswith("FOUND ")), None)
+        assert line is not None, f"{done.stdout}\n{done.stderr}"
+        found: dict[str, Any] = json.loads(line.removeprefix("FOUND "))
+        return found
+
+    return run
+
+
+def test_these_are_the_oldest_versions(old: Old) -> None:
+    # What the others here are worth hangs on it. Newer Pythons have newer "oldest" versions.
+    found = old(
+        """
+        import platform
+        import importlib.metadata as metadata
+        found = {name: metadata.version(name) for name in ("pyspark", "tensorflow", "keras", "pyarrow", "ipython")}
+        found["python"] = platform.python_version()
+        """
+    )
+    assert found["pyspark"].startswith("3.5.")
+    assert found["ipython"] == "8.18.1"
+    if found["python"].startswith(("3.10.", "3.11.", "3.12.")):
+        assert (found["tensorflow"][:5], found["keras"][:4], found["pyarrow"][:3]) == ("2.16.", "3.3.", "15.")
+
+
+def test_values_errors_and_a_dataframe(old: Old) -> None:
+    found = old(
+        """
+        from tfos_magic.errors import NodeError, NodeKilledError
+
+        found["values"] = run_cell(spark, "ctx.job_name, ctx.task_index, ctx.num_nodes", 2).values
+
+        def failure(kind, body, nodes):
+            began = time.monotonic()
+            try:
+                run_cell(spark, cell(body), nodes)
+            except kind as error:
+                return {"text": str(error), "node": error.node, "took_s": time.monotonic() - began}
+            return None
+
+        found["raised"] = failure(NodeError, '''
+            import time
+            def inner(table):
+                return table['boom']
+            if ctx.executor_id == 1:
+                print('about to fail')
+                inner({})
+            time.sleep(60)
+        ''', 2)
+        found["killed"] = failure(NodeKilledError, '''
+            import os, time
+            print('last words')
+            if ctx.executor_id == 1:
+                os.kill(os.getpid(), 9)
+            time.sleep(60)
+        ''', 2)
+
+        rows = spark.range(1000, numPartitions=7).selectExpr("id", "cast(id as string) as text", "array(id, id) as pair")
+        drain = '''
+            feed = ctx.get_data_feed()
+            rows = []
+            while not feed.should_stop():
+                rows += feed.next_batch(64)
+            rows
+        '''
+        values = run_cell(spark, cell(drain), 3, data={"train": rows}).values
+        found["rows"] = sorted((row[0], str(row[1]), [int(x) for x in row[2]]) for value in values for row in value)
+        found["shares"] = [len(value) for value in values]
+        """
+    )
+    assert found["values"] == [["chief", 0, 2], ["worker", 0, 2]]
+    assert found["raised"]["node"] == "worker:0"
+    assert "Cell In[1], line 7, in" in found["raised"]["text"]
+    assert "Cell In[1], line 4, in inner" in found["raised"]["text"]
+    assert "return table['boom']" in found["raised"]["text"]
+    assert "about to fail" in found["raised"]["text"]
+    assert found["killed"]["node"] == "worker:0"
+    assert "was killed by signal 9 (SIGKILL)" in found["killed"]["text"]
+    assert "last words" in found["killed"]["text"]
+    assert max(found["raised"]["took_s"], found["killed"]["took_s"]) < 20
+    assert found["rows"] == [[number, str(number), [number, number]] for number in range(1000)]
+    assert max(found["shares"]) - min(found["shares"]) <= 7
+
+
+def test_keras_fit_over_two_nodes(old: Old) -> None:
+    found = old(
+        """
+        frame = spark.range(1200, numPartitions=5).selectExpr(
+            "cast(array(sin(id), cos(id), sin(3 * id)) as array<float>) as x", "cast(sin(id) > cos(id) as int) as label"
+        )
+        body = '''
+            import hashlib
+            import keras
+            keras.utils.set_random_seed(ctx.executor_id)
+            model = keras.Sequential([keras.layers.Dense(16, "relu"), keras.layers.Dense(2, "softmax")])
+            model.compile(keras.optimizers.Adam(0.02), "sparse_categorical_crossentropy", metrics=["accuracy"])
+            ctx.distribute(model)
+            fit = model.fit(ctx.dataset(), validation_data=ctx.dataset("validation"), epochs=args.epochs)
+            weights = hashlib.sha256(b"".join(w.tobytes() for w in model.get_weights())).hexdigest()
+            weights, {name: [float(x) for x in values] for name, values in fit.history.items()}
+        '''
+        result = run_cell(
+            spark, cell(body), 2, data={"train": frame, "validation": frame.limit(201)}, epochs=5, batch_size=32,
+            preload=("tensorflow",),
+        )
+        (found["one"], found["history"]), (found["other"], found["others_history"]) = result.values
+        found["reported"] = result.history
+        """
+    )
+    assert found["one"] == found["other"]
+    history = found["history"]
+    assert history == found["others_history"]
+    assert set(history) == {"loss", "accuracy", "val_loss", "val_accuracy"}
+    assert history["accuracy"][-1] > max(0.9, history["accuracy"][0])
+    assert history["val_accuracy"][-1] > 0.9
+    assert found["reported"]["accuracy"] == pytest.approx(history["accuracy"])
+
+
+def test_the_magics_in_ipython(old: Old) -> None:
+    found = old(
+        """
+        from pyspark.sql import SparkSession
+        from shell_fixture import running_shell
+
+        with running_shell() as shell:
+            found["loaded"] = shell.output_of("%load_ext tfos_magic").text
+            shell.cell("scale = 3")
+            train = "%%tfos_train --executors 2"
+            found["ran"] = shell.output_of(f"{train} --out r\\nprint('on', ctx.job_name)\\nscale * ctx.executor_id").text
+            spark = SparkSession.getActiveSession()
+            found["values"] = shell.cell("r.values")
+            found["shown"] = repr(shell.cell("r"))
+            failed = shell.error_of(f"{train}\\nif ctx.executor_id == 1:\\n    dict()['boom']\\n")
+            found["error"], found["text"] = type(failed.error).__name__, str(failed.error) + failed.text
+            found["help"] = shell.output_of("%%tfos_train --help").text
+            found["completions"] = shell.completions("%%tfos_train --exec")
+            shell.cell("%unload_ext tfos_magic")
+            found["unloaded"] = shell.find_cell_magic("tfos_train") is None
+            found["matchers"] = len(shell.Completer.custom_matchers)
+        """,
+        has_session=False,
+    )
+    assert "TensorFlow 2." in found["loaded"]
+    assert "starting a local one with 3 slots" in found["ran"]
+    assert found["values"] == [0, 3]
+    assert "values [0, 3]" in found["shown"]
+    assert found["error"] == "NodeError"
+    assert "line 3" in found["text"]
+    assert "KeyError" in found["text"]
+    assert "--executors" in found["help"]
+    assert found["completions"] == ["--executors"]
+    assert found["unloaded"]
+    assert found["matchers"] == 0
