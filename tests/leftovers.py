@@ -106,12 +106,7 @@ class Snapshot:
 
     def _wait_for_ends(self, grace_s: float) -> None:
         deadline = time.monotonic() + grace_s
-        # Again and again: a Python worker that Spark has killed shows up without a name for a moment as it goes.
-        while (left := deadline - time.monotonic()) > 0:
-            new = [p for p in _processes() if p not in self.processes and not _is_zombie(p)]
-            if not new:
-                break
-            psutil.wait_procs(new, left)
+        psutil.wait_procs([p for p in _processes() if p not in self.processes and not _is_zombie(p)], grace_s)
         for thread in set(_threads()) - self.threads:
             thread.join(max(0.0, deadline - time.monotonic()))
 
@@ -161,6 +156,8 @@ def _is_allowed(process: psutil.Process, owners: set[int], me: int) -> bool:
         if process.status() == psutil.STATUS_ZOMBIE:
             return process.ppid() != me  # another parent has yet to reap its own
         command = " ".join(process.cmdline())
+        if not command:  # it has been killed and has given its memory back: there is a moment before it is a zombie
+            return True
         return any(name in command for name in _SPARKS_COMMANDS) and any(p.pid in owners for p in process.parents())
     except psutil.NoSuchProcess:
         return True
