@@ -111,6 +111,19 @@ class Snapshot:
             thread.join(max(0.0, deadline - time.monotonic()))
 
 
+def processes_with(word: str) -> list[psutil.Process]:
+    """Return this run's processes whose command has `word` in it; others on the machine do not concern us."""
+    mark = f"{MARK}={os.environ[MARK]}".encode()
+    found = []
+    for pid in psutil.pids():
+        try:
+            if mark in _environ(pid) and word in " ".join(psutil.Process(pid).cmdline()):
+                found.append(psutil.Process(pid))
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
 def kill_new(before: Snapshot) -> None:
     """End what a test left, so that the next one starts clean."""
     for process in set(_processes()) - before.processes:

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
+from leftovers import processes_with
 
 pytestmark = pytest.mark.slow
 
@@ -23,6 +23,7 @@ Script = Callable[..., "subprocess.CompletedProcess[str]"]
 BEGIN = """
 import os, signal, sys, threading, time
 from pyspark.sql import SparkSession
+from leftovers import processes_with
 from runs import run_cell
 from tfos_magic.errors import TfosError
 from tfos_magic.status import NodeChanged, NodeState
@@ -38,13 +39,7 @@ def when_running(nodes, action):
     return note
 
 def ours():
-    import psutil
-    def is_ours(process):
-        try:
-            return any("tfos_magic.node" in part for part in process.cmdline())
-        except psutil.Error:
-            return False
-    return [process for process in psutil.process_iter() if is_ours(process)]
+    return processes_with("tfos_magic.node")
 """
 
 
@@ -148,9 +143,9 @@ def test_nothing_survives_the_death_of_the_driver(script: Script, nodes: int) ->
     )
     assert done.returncode in (-9, 137)
     deadline = time.monotonic() + 10
-    while time.monotonic() < deadline and _ours():
+    while time.monotonic() < deadline and processes_with("tfos_magic.node"):
         time.sleep(0.1)
-    assert not _ours()
+    assert not processes_with("tfos_magic.node")
 
 
 def test_an_interrupt_stops_everything_and_the_next_run_works(script: Script) -> None:
@@ -252,14 +247,3 @@ def _find_python(minor: int) -> str | None:
         if path and subprocess.run([path, "-c", ""], capture_output=True).returncode == 0:
             return path
     return None
-
-
-def _ours() -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if any("tfos_magic.node" in part for part in process.cmdline()):
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found

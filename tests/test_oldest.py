@@ -109,7 +109,8 @@ def test_values_errors_and_a_dataframe(old: Old) -> None:
             time.sleep(60)
         ''', 2)
 
-        rows = spark.range(1000, numPartitions=7).selectExpr("id", "cast(id as string) as text", "array(id, id) as pair")
+        rows = spark.range(1000, numPartitions=7)
+        rows = rows.selectExpr("id", "cast(id as string) as text", "array(id, id) as pair")
         drain = '''
             feed = ctx.get_data_feed()
             rows = []
@@ -180,7 +181,8 @@ def test_the_magics_in_ipython(old: Old) -> None:
             found["loaded"] = shell.output_of("%load_ext tfos_magic").text
             shell.cell("scale = 3")
             train = "%%tfos_train --executors 2"
-            found["ran"] = shell.output_of(f"{train} --out r\\nprint('on', ctx.job_name)\\nscale * ctx.executor_id").text
+            body = "print(ctx.job_name)\\nscale * ctx.executor_id"
+            found["ran"] = shell.output_of(f"{train} --out r\\n{body}").text
             spark = SparkSession.getActiveSession()
             found["values"] = shell.cell("r.values")
             found["shown"] = repr(shell.cell("r"))

@@ -233,6 +233,7 @@ class Cluster:
             "cluster_spec": spec,
             "is_chief": node.index == 0,
             "is_server": self._is_server(node.role),
+            "is_coordinator": node.index == 0 and any(self._is_server(other.role) for other in self._nodes),
             "environment": environment,
             "feeds": self._feed_names,
             "feed_index": targets.index(node) if node in targets else 0,

@@ -29,6 +29,14 @@ from tfos_magic.errors import (
 from tfos_magic.node.launch import ERROR_MARK
 
 _OTHERS_SHOWN = 3
+# Messages of Keras that do not say what they mean here → the next thing to type.
+_HINTS = (
+    (
+        r"expects 1 input\(s\), but it received \d+ input tensors",
+        "Several feature columns come as a dict by column name, which takes a model with one named Input for each; for "
+        'one tensor put them into one column first: df.select(F.array("a", "b").alias("x"), "label").',
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -132,7 +140,7 @@ def error_of(
         log_lines=root.tail,
         cell_names=cell_names,
         others=others,
-        hint=_module_hint(root.missing_module, name, root.executable) if root.missing_module else "",
+        hint=_module_hint(root.missing_module, name, root.executable) if root.missing_module else _known_hint(root),
     )
 
 
@@ -160,6 +168,11 @@ def _import_error(root: Failure, name: str, host: str) -> EnvironmentMismatchErr
         hint="Install tensorflow there, or name an interpreter that has it before the session is made, e.g. this one: "
         f"os.environ['PYSPARK_PYTHON'] = {sys.executable!r}.",
     )
+
+
+def _known_hint(failure: Failure) -> str:
+    message = failure.remote.message if failure.remote else ""
+    return next((hint for pattern, hint in _HINTS if re.search(pattern, message)), "")
 
 
 def _module_hint(module: str, name: str, executable: str) -> str:

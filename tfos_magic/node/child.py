@@ -61,7 +61,7 @@ def _live(config: dict[str, Any], payload_fd: int, link: Link) -> None:
     os.environ.update(start["environment"])
     times["met"] = time.time()
     try:
-        from tfos_magic import shipping
+        from tfos_magic import shipping, training
         from tfos_magic.node.context import NodeContext
 
         function, args = shipping.unpack_call(channel.read_all(payload_fd), as_main=True)
@@ -74,6 +74,8 @@ def _live(config: dict[str, Any], payload_fd: int, link: Link) -> None:
         link.fail("user", _with_feed_error(error, link.feeds))
         return
     link.send_blob("result", blob)
+    if training.is_serving():
+        link.send("state", state="RUNNING")  # the function is over, the server is not
 
 
 def _packed(value: Any, context: NodeContext) -> bytes:
@@ -97,17 +99,16 @@ def _with_feed_error(error: BaseException, feeds: Feeds) -> BaseException:
 
 
 def _call(function: Callable[..., Any], args: Any, context: NodeContext) -> Any:
-    if context.is_server:
-        from tfos_magic import training
+    from tfos_magic import training
 
-        training.serve(context)
-        return None
     try:
-        return function(args, context)
+        return training.serve(context) if context.is_server else function(args, context)
     except SystemExit as stop:
         if stop.code in (None, 0):
             return None
         raise
+    finally:
+        training.close(context)
 
 
 def _preload(modules: list[str], link: Link) -> bool:

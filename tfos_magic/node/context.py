@@ -94,6 +94,7 @@ class NodeContext:
         self.num_workers: int = self.num_nodes
         self.is_chief: bool = start["is_chief"]
         self.is_server: bool = start["is_server"]
+        self.is_coordinator: bool = start["is_coordinator"]
         self.args = args
         self.attempt: int = config.get("attempt", 0)
         self.working_dir: str = os.getcwd()
@@ -144,10 +145,11 @@ class NodeContext:
         Raises
         ------
         UsageError
-            There is no such feed in this run.
+            There is no such feed in this run, or this node gets no rows.
         """
         from tfos_magic.feed.dataset import make_dataset
 
+        self._require_rows()
         options = self._data_options
         if shuffle is None:
             shuffle = bool(options["shuffle"]) and name == "train"
@@ -172,7 +174,16 @@ class NodeContext:
         """Return TensorFlowOnSpark's ``DataFeed`` over the training data; see :mod:`tfos_magic.feed.datafeed`."""
         from tfos_magic.feed.datafeed import DataFeed
 
+        self._require_rows()
         return DataFeed(self.mgr, train_mode, qname_in, qname_out, input_mapping)
+
+    def _require_rows(self) -> None:
+        """Refuse on nodes that no feed task knows: reading there would wait for ever."""
+        if self.job_name in _NOT_TRAINING:
+            raise UsageError(
+                f"{self.job_name}:{self.task_index} gets no rows: they are dealt over chief and workers.",
+                hint="Read the data on this node by yourself, from files whose path --args gives.",
+            )
 
     def distribute(self, model: Any) -> Any:
         """Make `model`'s ``fit``, ``evaluate`` and ``predict`` synchronous over all training nodes; return it."""

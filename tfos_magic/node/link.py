@@ -14,17 +14,21 @@ import threading
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from tfos_magic.feed.source import Feeds  # here, not when first needed: see Link
 from tfos_magic.node import channel
 
 if TYPE_CHECKING:
     from tfos_magic.errors import RemoteException
-    from tfos_magic.feed.source import Feeds
 
 _COUNTERS_INTERVAL_S = 0.5
 
 
 class Link:
-    """The child's end of the channel: a reader thread for what the agent says, and what the child has to say."""
+    """The child's end of the channel: a reader thread for what the agent says, and what the child has to say.
+
+    Its threads import nothing. The main thread imports TensorFlow meanwhile, and before Python 3.12 two threads that
+    import modules which import each other (shutil, zipfile, tempfile) can wait for each other for ever.
+    """
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
@@ -84,8 +88,6 @@ class Link:
     def _take(self, note: channel.Note) -> None:
         header = note.header
         if note.type == "start":
-            from tfos_magic.feed.source import Feeds
-
             self._start = header
             self.feeds = Feeds(header["feeds"], header["feed_index"], header["data_options"]["epochs"])
             self._started.set()

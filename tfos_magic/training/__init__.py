@@ -13,11 +13,12 @@ Importing this imports neither TensorFlow nor Keras; calling its functions does.
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+from typing import Any, NoReturn
 
 from tfos_magic.errors import UsageError
 
-__all__ = ["close", "distribute", "is_consequence", "serve", "strategy"]
+__all__ = ["close", "distribute", "is_consequence", "is_serving", "serve", "strategy"]
 
 _STATE = "_tfos_training"
 _TRAINING_JOBS = ("chief", "master", "worker")
@@ -110,6 +111,11 @@ def distribute(model: Any, ctx: Any) -> Any:
 def _meet(ctx: Any, state: _Training) -> Any:
     from tfos_magic.training.ring import Ring
 
+    if getattr(ctx, "is_coordinator", False):
+        raise UsageError(
+            "ctx.distribute averages over nodes that all run the cell; with --ps the workers only serve the chief.",
+            hint="Leave --ps away, or train with ctx.strategy() and a tf.distribute.coordinator.ClusterCoordinator.",
+        )
     if ctx.job_name not in _TRAINING_JOBS:
         raise UsageError(
             f"{ctx.job_name}:{ctx.task_index} takes no part in synchronous training.",
@@ -141,7 +147,10 @@ def _ring_plan(ctx: Any) -> Any:
 
 
 def strategy(ctx: Any) -> Any:
-    """Return the MultiWorkerMirroredStrategy over all training nodes, made once per node.
+    """Return TensorFlow's strategy for this cluster, made once per node.
+
+    Without parameter servers that is a MultiWorkerMirroredStrategy over all training nodes. With them (``--ps``) it is
+    a ParameterServerStrategy, on the chief only: give it to a ``tf.distribute.coordinator.ClusterCoordinator``.
 
     Call it before TensorFlow runs anything else. It is for loops of your own; Keras 3's ``fit`` does not run under it:
     use :func:`distribute` for that.
@@ -152,12 +161,13 @@ def strategy(ctx: Any) -> Any:
 
     Returns
     -------
-    tf.distribute.MultiWorkerMirroredStrategy
+    tf.distribute.MultiWorkerMirroredStrategy or tf.distribute.ParameterServerStrategy
 
     Raises
     ------
     UsageError
-        On a ps or evaluator node, or when TensorFlow has already run an operation.
+        On a ps or evaluator node, on a worker where there are parameter servers, or when TensorFlow has already run
+        an operation.
 
     Examples
     --------
@@ -196,7 +206,7 @@ def strategy(ctx: Any) -> Any:
     return state.strategy
 
 
-def serve(ctx: Any) -> None:
+def serve(ctx: Any) -> NoReturn:
     """Be a parameter server or a worker that the chief's coordinator drives; does not return.
 
     See :func:`tfos_magic.training.tf_strategies.serve`.
@@ -206,8 +216,17 @@ def serve(ctx: Any) -> None:
     tf_strategies.serve(ctx)
 
 
+def is_serving() -> bool:
+    """Return True where :func:`serve` has been called in this process."""
+    module = sys.modules.get(f"{__name__}.tf_strategies")
+    return module is not None and bool(module.is_serving())
+
+
 def close(ctx: Any) -> None:
-    """Close this node's connections to the others; does nothing if there are none."""
+    """Close this node's connections to the others; does nothing if there are none.
+
+    Who still needs this node hears by it that the node is gone, and need not wait for ever.
+    """
     state = getattr(ctx, _STATE, None)
     if state is not None:
         state.close()
