@@ -103,7 +103,7 @@ def run(
         cluster.abandon("stopped", f"stopped: interrupted after {cluster.elapsed_s:.0f} s")
         raise
     except TfosError as error:
-        cluster.abandon("failed", str(error))
+        cluster.abandon("failed", error.headline)
         raise
     except BaseException as error:
         cluster.abandon("failed", f"{type(error).__name__}: {error}")

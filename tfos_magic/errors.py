@@ -64,6 +64,11 @@ class TfosError(Exception):
     def __str__(self) -> str:
         return "\n".join(part for part in (self.fact, self.cause, self.hint) if part)
 
+    @property
+    def headline(self) -> str:
+        """The fact alone, for places that show the whole message beside it."""
+        return self.fact
+
     def render(self) -> list[str]:
         """Return the message's lines."""
         return f"{type(self).__name__}: {self}".split("\n")
@@ -315,6 +320,14 @@ class NodeError(TfosError):
 
     def __str__(self) -> str:
         return "\n".join(self.render())
+
+    @property
+    def headline(self) -> str:
+        """The fact, with what the remote exception says in its first line."""
+        if self.remote is None:
+            return self.fact
+        said = self.remote.message.strip().partition("\n")[0]
+        return f"{self.fact}\n{self.remote.type_name}: {said}" if said else self.fact
 
     def render(self) -> list[str]:
         """Return the message's lines: remote traceback, the node named, its last log lines, the hint."""

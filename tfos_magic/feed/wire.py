@@ -13,9 +13,9 @@ Nothing that a peer sends is looked at before its proof has been checked, in con
 A frame is a kind (1 byte), the payload's length and a row count (8 bytes each, little-endian), then the payload.
 
 Plain TCP and not Arrow Flight: the payloads are the same Arrow IPC messages, but the receiver needs neither to
-parse nor to copy them on their way to the file. Measured on two cores, a third of Flight's CPU time per byte and
-half the wall time; it also closes at once, where Flight waits for its callers, and keeps gRPC out of forked workers.
-"""
+parse nor to copy them on their way to the file. In adjacent pairs on two busy cores, one stream of 1.5 GB took Flight
+1.3 to 4 times as long, and 1.1 to 4 times the receiver's CPU. Sockets also close at once, where Flight waits for its
+callers, keep gRPC out of forked workers, and let an agent do without Arrow.
 
 from __future__ import annotations
 

@@ -26,8 +26,8 @@ _COUNTERS_INTERVAL_S = 0.5
 class Link:
     """The child's end of the channel: a reader thread for what the agent says, and what the child has to say.
 
-    Its threads import nothing. The main thread imports TensorFlow meanwhile, and before Python 3.12 two threads that
-    import modules which import each other (shutil, zipfile, tempfile) can wait for each other for ever.
+    Its threads import nothing. The main thread imports TensorFlow meanwhile, and two threads that import modules which
+    import each other (shutil, zipfile, tempfile) can wait for each other for ever: seen with Python 3.10.
     """
 
     def __init__(self, sock: socket.socket) -> None:
