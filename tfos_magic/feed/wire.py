@@ -16,6 +16,7 @@ Plain TCP and not Arrow Flight: the payloads are the same Arrow IPC messages, bu
 parse nor to copy them on their way to the file. In adjacent pairs on two busy cores, one stream of 1.5 GB took Flight
 1.3 to 4 times as long, and 1.1 to 4 times the receiver's CPU. Sockets also close at once, where Flight waits for its
 callers, keep gRPC out of forked workers, and let an agent do without Arrow.
+"""
 
 from __future__ import annotations
 
