@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from runs import run_cell
 
-from tfos_magic import cluster, shipping
 from tfos_magic.errors import NodeError, NodeKilledError
 from tfos_magic.result import RunResult
 from tfos_magic.status import Event, MetricsReported
@@ -224,48 +223,46 @@ def test_a_body_leads_a_parameter_server_and_a_worker(spark_local4: Any) -> None
 
 
 def test_a_function_with_a_parameter_server_looks_at_its_role(spark_local4: Any) -> None:
-    def main_fun(args: Any, ctx: Any) -> Any:
+    body = """
+    def main_fun(args, ctx):
         if ctx.job_name == "ps":
             try:
                 return ctx.get_data_feed()
             except Exception as error:
                 return str(error)
         return ctx.job_name, ctx.task_index, ctx.num_nodes, len(ctx.get_data_feed().next_batch(100))
-
-    result = run_function(spark_local4, main_fun, 3, {"train": spark_local4.range(50)}, num_ps=1)
-    chief, worker, server = result.values
+    """
+    data = {"train": spark_local4.range(50)}
+    chief, worker, server = run_cell(spark_local4, textwrap.dedent(body), 3, num_ps=1, data=data).values
     assert (chief[:3], worker[:3]) == (("chief", 0, 2), ("worker", 0, 2))
     assert chief[3] + worker[3] == 50
     assert "ps:0 gets no rows" in server
 
 
 def test_a_function_whose_ps_and_worker_serve_ends_with_its_chief(spark_local4: Any) -> None:
-    def main_fun(args: Any, ctx: Any) -> Any:
+    body = """
+    def main_fun(args, ctx):
         import tensorflow as tf
-
         from tfos_magic import training
 
         if ctx.job_name != "chief":
             training.serve(ctx)
-        strategy = ctx.strategy()
-        coordinator = tf.distribute.coordinator.ClusterCoordinator(strategy)
-        with strategy.scope():
+        coordinator = tf.distribute.coordinator.ClusterCoordinator(ctx.strategy())
+        with ctx.strategy().scope():
             total = tf.Variable(1.0)
-        coordinator.schedule(tf.function(lambda: total.assign_add(2.0, read_value=False)))
+
+        @tf.function
+        def step(count):
+            for _ in tf.range(count):  # AutoGraph must find the source
+                total.assign_add(2.0)
+
+        coordinator.schedule(step, args=(tf.constant(3),))
         coordinator.join()
         return float(total.numpy())
-
-    result = run_function(spark_local4, main_fun, 3, {}, num_ps=1, preload=PRELOAD)
-    assert result.values == [3.0, None, None]
-
-
-def run_function(
-    spark: Any, function: Callable[..., Any], nodes: int, data: dict[str, Any], **options: Any
-) -> RunResult:
-    """Run a function of (args, ctx), as one that a cell defines."""
-    chosen = cluster.RunOptions(num_nodes=nodes, timeout_s=120.0, **{"preload": (), **options})
-    function.__module__ = "__main__"  # by value, as a notebook's
-    return cluster.run(spark, shipping.pack(function, args=None), chosen, data=data)
+    """
+    result = run_tf(spark_local4, body, 3, num_ps=1)
+    assert result.values == [7.0, None, None]
+    assert "AutoGraph" not in str(result.logs)
 
 
 def test_an_evaluator_runs_the_function_and_gets_no_rows(spark_local4: Any) -> None:
