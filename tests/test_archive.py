@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import io
 import pickle
 import subprocess
@@ -63,3 +64,11 @@ def test_a_version_that_is_installed_there_is_neither_used_nor_lost() -> None:
     files = [frame.filename for frame in traceback.extract_tb(caught.value.__traceback__)]
     assert files[-1] == "tfos_magic/node/channel.py"
     assert sys.modules["tfos_magic.roles"] is tfos_magic.roles
+
+
+def test_a_worker_that_spark_reuses_finds_the_package_every_time() -> None:
+    for _ in range(3):
+        with pytest.raises(TypeError):  # reached, as above
+            list(archive.by_value("tfos_magic.node.channel:read_all", archive.build())())
+        importlib.invalidate_caches()  # as PySpark's worker does between tasks, and sc.addPyFile
+    assert not [place for place in sys.path_importer_cache if place.startswith("/proc/self/fd/")]

@@ -15,7 +15,10 @@ _LINES_KEPT = 200
 # What TensorFlow says at each import, also under TF_CPP_MIN_LOG_LEVEL=1: INFO lines written before its log is set up.
 _CHATTER = re.compile(
     r"I\d{4} \d\d:\d\d:|\d{4}-\d\d-\d\d [\d:.]+: I (tensorflow|external)/|"
-    r"WARNING: All log messages before absl::InitializeLog|To enable the following instructions:"
+    r"WARNING: All log messages before absl::InitializeLog|To enable the following instructions:|"
+    # TensorFlow 2.16, at each import and at the end of each epoch:
+    r".*TF-TRT Warning: Could not find TensorRT|.*local_rendezvous.*OUT_OF_RANGE: End of sequence|"
+    r"\s*\[\[\{\{node IteratorGetNext\}\}\]\]$"
 )
 _NO_GPU = re.compile(r"E\d{4} .*failed call to cuInit|.*: E external/.*(cuInit|Unable to register cu)")
 
