@@ -97,8 +97,9 @@ def test_a_lost_executor_is_named_at_once(script: Script, nodes: int) -> None:
         f"""
         import psutil
         def kill_one():
-            # The executor is a JVM: find it as the one that runs CoarseGrainedExecutorBackend.
-            jvm = [p for p in psutil.process_iter() if "CoarseGrainedExecutorBackend" in " ".join(p.cmdline())][0]
+            # An executor is a JVM of its own; only those of this very cluster concern us.
+            below = psutil.Process().children(recursive=True)
+            jvm = [p for p in below if "CoarseGrainedExecutorBackend" in " ".join(p.cmdline())][0]
             global killed_at
             killed_at = time.monotonic()
             jvm.kill()
