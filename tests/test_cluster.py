@@ -20,7 +20,7 @@ from tfos_magic.errors import (
     TooFewSlotsError,
     UsageError,
 )
-from tfos_magic.status import Event, MetricsReported, NodeChanged, NodeLogged, NodeState, RunEnded
+from tfos_magic.status import Event, MetricsReported, NodeChanged, NodeLogged, NodeState, RunEnded, StatusBoard
 
 Script = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -274,3 +274,33 @@ def test_the_results_table_is_escaped_and_short(spark_local4: Any) -> None:
     assert "<script>" not in html
     assert "chief:0" in html
     assert len(html) < 1000
+
+
+def test_no_agent_ever_blocks_on_its_childs_output(spark_local4: Any) -> None:
+    # The failure and the output that came with it are often ready in the same round of the agent's loop.
+    body = "print('about to fail')\nraise ValueError(1)"
+    for _ in range(8):
+        began = time.monotonic()
+        with pytest.raises(NodeError):
+            run_cell(spark_local4, body, 2)
+        assert time.monotonic() - began < 5
+
+
+def test_the_last_counts_reach_the_board(spark_local4: Any) -> None:
+    body = "feed = ctx.get_data_feed()\nwhile not feed.should_stop(): feed.next_batch(10)"
+    result = run_cell(spark_local4, body, 2, data={"train": spark_local4.range(1003)}, epochs=2)
+    assert sum(node.rows_consumed for node in result.board.view().nodes) == 2006
+
+
+def test_a_run_without_epochs_has_what_one_node_reported_as_its_history(spark_local4: Any) -> None:
+    result = run_cell(spark_local4, "for step in range(5): ctx.report(step=step, loss=1.0 / (step + 1))", 2)
+    assert result.history == {"loss": [1.0, 1 / 2, 1 / 3, 1 / 4, 1 / 5]}
+
+
+def test_a_refused_run_has_a_title_and_no_rows(spark_local4: Any) -> None:
+    board = StatusBoard()
+    with pytest.raises(TooFewSlotsError):
+        run_cell(spark_local4, "1", 9, on_event=board.apply, title="Cell In[7]")
+    assert board.view().title == "Cell In[7]"
+    assert board.view().outcome == "failed"
+    assert not board.view().nodes

@@ -69,3 +69,17 @@ def test_sparks_own_failure_keeps_its_cause(nodes: list[Any]) -> None:
     assert isinstance(delivery.error, FeedError)
     assert "Job aborted: disk full" in str(delivery.error)
     assert delivery.error.__cause__ is origin
+
+
+def test_of_a_failed_udf_the_python_error_is_shown(nodes: list[Any]) -> None:
+    text = """An exception was thrown from the Python worker:
+  File "<cell>", line 1, in <lambda>
+ZeroDivisionError: division by zero
+
+\tat org.apache.spark.api.python.BasePythonRunner
+Caused by: org.apache.spark.api.python.PythonException: Traceback
+"""
+    delivery = Delivery("train", nodes)
+    delivery.end(EndedJob(RuntimeError(text)))  # type: ignore[arg-type]
+    assert "ZeroDivisionError: division by zero" in str(delivery.error)
+    assert "df.count()" in str(delivery.error)

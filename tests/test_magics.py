@@ -262,9 +262,16 @@ def test_what_cannot_travel_is_said_before_spark_is_asked(shell: TestingShell, s
 
 def test_a_syntax_error_shows_the_cell_s_own_line(shell: TestingShell) -> None:
     output = shell.error_of("%%tfos_train -n 2\nx = 1\ny = (1,\nz = 2")
-    assert isinstance(output.error, SyntaxError)
-    assert output.error.lineno == 3
-    assert "y = (1," in output.text
+    assert isinstance(output.error, UsageError)
+    assert "Cell In[1], line 3\n    y = (1,\n" in output.text
+    assert "SyntaxError: '(' was never closed" in output.text
+    assert "map_function" not in output.text  # none of our frames
+
+
+def test_return_in_a_cell_is_answered_with_what_to_do(shell: TestingShell) -> None:
+    output = shell.error_of("%%tfos_train -n 2\nx = 1\nreturn x")
+    assert "line 3\n    return x" in output.text
+    assert "last expression" in output.text
 
 
 def test_a_node_s_error_shows_its_own_traceback_alone(shell: TestingShell, services: FakeServices) -> None:

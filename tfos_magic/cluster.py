@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tfos_magic import archive, roles, session
-from tfos_magic.errors import RunTimeoutError, TfosError
+from tfos_magic.errors import RunInterrupted, RunTimeoutError, TfosError
 from tfos_magic.failures import Failure, describe_launch_error, error_of, root_of
 from tfos_magic.feed.prepare import prepare
 from tfos_magic.feeding import Delivery
@@ -89,19 +89,19 @@ def run(
     """
     board = board or StatusBoard()
     notify = functools.partial(_tell, [board.apply] + ([on_event] if on_event not in (None, board.apply) else []))
-    frames = {
-        name: prepare(frame, options.features, options.label, options.weight) for name, frame in (data or {}).items()
-    }
     cluster = Cluster(spark, payload, options, on_event=notify, cell_names=cell_names or {})
+    columns = options.features, options.label, options.weight
     try:
+        frames = {name: prepare(frame, *columns) for name, frame in (data or {}).items()}
         cluster.start(feeds=tuple(frames))
         for name, frame in frames.items():
             cluster.feed(name, frame)
         cluster.wait()
         cluster.close()
     except KeyboardInterrupt:
-        cluster.abandon("stopped", f"stopped: interrupted after {cluster.elapsed_s:.0f} s")
-        raise
+        what = f"interrupted after {cluster.elapsed_s:.0f} s; {options.num_nodes} nodes stopped"
+        cluster.abandon("stopped", what)
+        raise RunInterrupted(what) from None
     except TfosError as error:
         cluster.abandon("failed", error.headline)
         raise
@@ -153,6 +153,7 @@ class Cluster:
         self._launch_job: SparkJob | None = None
         self._began = time.time()
         self._timings: dict[str, float] = {}
+        self._emit(RunPlanned(options.title, tuple(node.name for node in self._nodes), options.epochs))
 
     @property
     def elapsed_s(self) -> float:
@@ -169,7 +170,6 @@ class Cluster:
         TooFewSlotsError, RendezvousError, EnvironmentMismatchError, NodeError
         """
         self._feed_names = tuple(feeds)
-        self._emit(RunPlanned(self._options.title, tuple(node.name for node in self._nodes), self._options.epochs))
         slots = self._require_slots()
         bind, host = session.driver_address(self._context)
         self._server = RendezvousServer(bind, self._secret, self._on_message, self._on_close)
@@ -437,7 +437,7 @@ class Cluster:
     def result(self, board: StatusBoard) -> RunResult:
         """Return what the nodes returned; call it after :meth:`wait`."""
         infos = tuple(node.describe() for node in self._nodes)
-        history = {name: list(values) for name, values in board.view().history.items()}
+        history = {name: list(values) for name, values in (board.view().history or board.reports()).items()}
         blobs = tuple(node.result or b"" for node in self._nodes)
         return RunResult(infos, history, dict(self._timings), board, blobs)
 

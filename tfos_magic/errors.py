@@ -30,12 +30,14 @@ from __future__ import annotations
 
 import linecache
 import os
+import re
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 _LOG_LINES_SHOWN = 20
+_ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class TfosError(Exception):
@@ -154,6 +156,13 @@ class RunStoppedError(TfosError):
     """Somebody stopped the run."""
 
 
+class RunInterrupted(KeyboardInterrupt):
+    """The notebook was interrupted; everything of the run has been stopped."""
+
+    def _render_traceback_(self) -> list[str]:
+        return [f"KeyboardInterrupt: {self}"]
+
+
 class ResultError(TfosError):
     """A node's return value could not be brought to the driver."""
 
@@ -215,7 +224,7 @@ class RemoteException:
             message = f"<its __str__ raised {type(inner).__name__}>"
         return cls(
             type_name=name,
-            message=message,
+            message=_ESCAPES.sub("", message),  # Keras puts some words in bold
             frames=tuple(
                 RemoteFrame(f.filename, f.lineno or 0, f.name, linecache.getline(f.filename, f.lineno or 0).strip())
                 for f in traceback.extract_tb(error.__traceback__)

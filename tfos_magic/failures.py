@@ -33,8 +33,22 @@ _OTHERS_SHOWN = 3
 _HINTS = (
     (
         r"expects 1 input\(s\), but it received \d+ input tensors",
-        "Several feature columns come as a dict by column name, which takes a model with one named Input for each; for "
-        'one tensor put them into one column first: df.select(F.array("a", "b").alias("x"), "label").',
+        "Several feature columns come as a dict by column name, which takes a model with one named Input for each. "
+        "For one tensor, name one column (--features x), or put them into one first: "
+        'df.select(F.array("a", "b").alias("x"), "label"). A label not called label, y or target wants --label NAME.',
+    ),
+    (
+        r"expected min_ndim=2, found ndim=1",
+        "A column of plain numbers comes as a tensor of shape (rows,). For (rows, 1) make it a list: "
+        'df.select(F.array("x").alias("x"), "label").',
+    ),
+    (
+        r"None values not supported",
+        "If the data have no label: it is the column called label, y or target, or the one that --label names.",
+    ),
+    (
+        r"Could not locate class",
+        "A Keras model with a class of your own does not travel by itself: build the model inside the cell.",
     ),
 )
 

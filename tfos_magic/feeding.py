@@ -9,6 +9,7 @@ Runs on: driver. No locks of its own: the cluster that owns the feeds calls unde
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ from tfos_magic.errors import DataError, FeedError, TfosError
 from tfos_magic.jobs import SparkJob
 from tfos_magic.members import Member
 from tfos_magic.rendezvous import Peer
+
+_PYTHON_ERROR = re.compile(r"(?!py4j|pyspark|org\.|java\.|Caused)[\w.]*(Error|Exception|Interrupt|Warning): ")
 
 
 class Delivery:
@@ -85,10 +88,17 @@ class Delivery:
 
 
 def _spark_error(name: str, error: Exception) -> FeedError:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     feed_error = FeedError(
-        f"Spark failed while it delivered {name!r}: {lines[0] if lines else type(error).__name__}",
+        f"Spark failed while it delivered {name!r}: {_reason(str(error)) or type(error).__name__}",
         cause="Spark could not compute the DataFrame, or a node went away.",
+        hint="Compute it alone: df.count() raises the same error if it is the DataFrame's.",
     )
     feed_error.__cause__ = error
     return feed_error
+
+
+def _reason(text: str) -> str:
+    """Return the line that says most: the last one of a Python traceback, else the first."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    python = [line for line in lines if _PYTHON_ERROR.match(line)]
+    return (python or lines or [""])[-1 if python else 0]

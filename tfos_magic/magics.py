@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
+import IPython
 from IPython.core.completer import SimpleCompletion, context_matcher
 from IPython.core.magic import no_var_expand
 
@@ -189,13 +190,17 @@ class Extension:
             raise UsageError(f"Unexpected {wanted.function!r}: with a cell, the cell is the function.")
         if not cell.strip():
             raise UsageError("The cell is empty: what should the nodes run?")
-        return map_function(
-            cell,
-            self._namespace,
-            filename=self._running_filename(),
-            label=self._label,
-            flags=self._shell.compile.flags & _future_flags(),
-        )
+        label = self._label
+        try:
+            return map_function(
+                cell,
+                self._namespace,
+                filename=self._running_filename(),
+                label=label,
+                flags=self._shell.compile.flags & _future_flags(),
+            )
+        except SyntaxError as error:
+            raise _syntax_error(error, cell, label) from None
 
     def _named_function(self, name: str | None) -> Callable[..., Any]:
         if name is None:
@@ -275,7 +280,12 @@ class Extension:
 
     @property
     def _label(self) -> str:
-        return self._cell_name(self._running_filename()) or f"Cell In[{self._shell.execution_count}]"
+        return self._cell_name(self._running_filename()) or f"Cell In[{self._running_count}]"
+
+    @property
+    def _running_count(self) -> int:
+        """Number of the running cell; IPython 9 counts up before a cell runs, older ones after."""
+        return int(self._shell.execution_count) - (IPython.version_info[0] >= 9)
 
     def _running_filename(self) -> str:
         """Return the name under which IPython has compiled the cell that is running."""
@@ -313,6 +323,19 @@ def _help_on_request() -> Iterator[None]:
         yield
     except HelpRequestedError:
         print(arguments.train_parser().format_help())
+
+
+def _syntax_error(error: SyntaxError, cell: str, label: str) -> UsageError:
+    """Return the error with the cell's own line: IPython would put the driver's frames above a plain SyntaxError."""
+    number = error.lineno or 1
+    lines = ["", *cell.split("\n")]  # the magic's line is line 1
+    source = lines[number - 1] if number <= len(lines) else ""
+    caret = " " * max(0, (error.offset or 1) - 1) + "^"
+    is_return = "'return' outside function" in str(error.msg)
+    return UsageError(
+        f"{label}, line {number}\n    {source}\n    {caret}\nSyntaxError: {error.msg}",
+        hint="The value of the cell's last expression comes back; no return is needed." if is_return else "",
+    )
 
 
 def _versions() -> str:

@@ -27,7 +27,7 @@ import os
 import socket
 import struct
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -81,8 +81,8 @@ class FrameCodec:
         self._sent += 1
         return frame + tag
 
-    def feed(self, data: bytes) -> list[Message]:
-        """Take bytes in; return the messages that are now complete.
+    def feed(self, data: bytes) -> Iterator[Message]:
+        """Take bytes in; yield the messages that are now complete.
 
         Raises
         ------
@@ -90,10 +90,8 @@ class FrameCodec:
             A frame is forged, damaged or absurdly large: the connection must be closed.
         """
         self._buffer += data
-        messages = []
         while (message := self._next()) is not None:
-            messages.append(message)
-        return messages
+            yield message
 
     def _next(self) -> Message | None:
         if len(self._buffer) < _PREFIX.size:
@@ -225,7 +223,7 @@ class Connection:
             raise EOFError(str(error)) from error
         if not data:
             raise EOFError("the driver closed the connection")
-        return self._codec.feed(data)
+        return list(self._codec.feed(data))
 
     def close(self) -> None:
         """Close the socket."""

@@ -40,7 +40,8 @@ class RunResult:
     nodes : tuple of NodeInfo
         In node order: chief, workers, parameter servers, evaluator.
     history : dict of str to list of float
-        Metric → its value after each epoch, as in Keras' own ``History.history``.
+        Metric → its value after each epoch, as in Keras' own ``History.history``; in a run without epochs, what one
+        node gave to ``ctx.report``, in that order.
     timings : dict of str to float
         Seconds of each phase, from the start of the cell: see :data:`tfos_magic.cluster.Cluster`.
     """
@@ -82,7 +83,7 @@ class RunResult:
             if any(value is not None for value in self.values):
                 facts.append(f"values {_short(self.values)}")
         except ResultError as error:
-            facts.append(error.fact)
+            facts.append(_short(error.fact))
         return f"<RunResult: {', '.join(facts)}>"
 
     def _repr_html_(self) -> str:

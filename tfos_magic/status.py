@@ -22,6 +22,9 @@ from itertools import islice
 
 _WINDOW_S = 5.0  # rows/s is taken over this much of the near past: long enough to be calm, short enough to be now
 _LINE_CHARS_KEPT = 2000
+_REPORTS_KEPT = 10_000
+LEFT_OUT = re.compile(r"… ([\d,]+) earlier lines left out")
+"""The first line of a node's log when it is not the first that the node wrote."""
 
 
 class NodeState(str, Enum):
@@ -234,6 +237,8 @@ class StatusBoard:
         self._dropped: dict[str, int] = {}
         self._beats: dict[str, deque[tuple[float, int]]] = {}
         self._epoch_reporter = ""
+        self._reporter = ""
+        self._reports: dict[str, deque[float]] = {}
         self._epochs: dict[int, dict[str, float]] = {}
         self._log_lines_kept = log_lines_kept
 
@@ -248,12 +253,20 @@ class StatusBoard:
         with self._lock:
             now = self._view.now if self._view.outcome else time.time()
             started_at = self._view.started_at or now
-            return replace(self._view, nodes=tuple(self._nodes.values()), now=now, started_at=started_at)
+            # A run that was refused before any node had a place has no rows to show.
+            is_refused = bool(self._view.outcome) and not any(node.host for node in self._nodes.values())
+            nodes = () if is_refused else tuple(self._nodes.values())
+            return replace(self._view, nodes=nodes, now=now, started_at=started_at)
 
     def logs(self, node: str) -> tuple[str, ...]:
         """Return the kept output lines of `node`, oldest first; KeyError if there is no such node."""
         with self._lock:
             return self._kept_lines(node)
+
+    def reports(self) -> dict[str, tuple[float, ...]]:
+        """Return per metric what the first node to call ``ctx.report`` has reported, oldest first."""
+        with self._lock:
+            return {name: tuple(values) for name, values in self._reports.items()}
 
     def all_logs(self, last: int | None = None) -> dict[str, tuple[str, ...]]:
         """Return the output of every node that wrote any, in node order.
@@ -377,6 +390,14 @@ class StatusBoard:
         )
         if event.epoch is not None:
             self._measure_epoch(event, event.epoch)
+        else:
+            self._measure_report(event)
+
+    def _measure_report(self, event: MetricsReported) -> None:
+        self._reporter = self._reporter or event.node
+        if event.node == self._reporter:
+            for name, value in event.values.items():
+                self._reports.setdefault(name, deque(maxlen=_REPORTS_KEPT)).append(value)
 
     def _measure_epoch(self, event: MetricsReported, epoch: int) -> None:
         self._epoch_reporter = self._epoch_reporter or event.node

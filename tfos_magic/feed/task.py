@@ -3,7 +3,7 @@
 Runs on: executor, in a Python worker, from the shipped package.
 
 The task asks the driver before its rows count (``commit``), over the same authenticated rendezvous that the nodes use.
-What is wrong with the data itself goes to the driver as a message, ahead of Spark's wrapping of the exception.
+What is wrong with the data itself goes to the driver as a message, and is no failure of the task.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from tfos_magic.errors import TfosError
+from tfos_magic.errors import DataError
 from tfos_magic.rendezvous import Connection, connect
 
 if TYPE_CHECKING:
@@ -43,15 +43,15 @@ def feed_task(archive: bytes, plan: dict[str, Any], batches: Iterator[pa.RecordB
     feed_plan = FeedPlan(plan["name"], bytes.fromhex(plan["secret"]), nodes)
     host, port = plan["rendezvous"]
     driver = connect((host, port), bytes.fromhex(plan["rendezvous_secret"]))
+    rows = []
     try:
         rows = feed_partition(
             batches, feed_plan, partition, attempt, lambda rows: _commit(driver, plan["name"], partition, attempt, rows)
         )
-    except TfosError as error:
-        if type(error).__name__ == "DataError":
-            report = {"type": "feed_error", "feed": plan["name"]}
-            driver.send({**report, "fact": error.fact, "cause": error.cause, "hint": error.hint})
-        raise
+    except DataError as error:
+        # The driver ends the run for it; raised here it would be retried, and fill the notebook with Java's stacks.
+        report = {"type": "feed_error", "feed": plan["name"]}
+        driver.send({**report, "fact": error.fact, "cause": error.cause, "hint": error.hint})
     finally:
         driver.close()
     yield pa.RecordBatch.from_pydict({"rows": [sum(rows)]})

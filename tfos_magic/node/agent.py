@@ -159,7 +159,8 @@ class Agent:
         import asyncio
 
         self._loop = loop = asyncio.new_event_loop()
-        self._child.channel.setblocking(False)
+        self._child.channel.setblocking(False)  # nothing that this loop does may wait: it must always hear "stop"
+        os.set_blocking(self._child.output, False)
         self._hello()
         loop.add_reader(self._connection.socket, self._guarded, self._from_driver)
         loop.add_reader(self._child.channel, self._guarded, self._from_child)
@@ -219,16 +220,28 @@ class Agent:
         elif note.type == "failure":
             self._has_answered = True
             self._flush_output()
+            self._send_beat()
             self._send("failure", **{**json.loads(blob), "tail": list(self._lines.tail)})
         else:
-            self._has_answered = self._has_answered or note.type == "result"
+            if note.type == "result":  # the last counts and lines go first: the run may end with this message
+                self._has_answered = True
+                self._flush_output()
+                self._send_beat()
             self._connection.send(note.header, blob)
 
     def _from_output(self) -> None:
-        data = os.read(self._child.output, 1 << 16)
-        self._lines.feed(data)
-        if not data:
+        data = self._read_output()
+        if data is not None:
+            self._lines.feed(data)
+        if data == b"":
             self._loop.remove_reader(self._child.output)
+
+    def _read_output(self) -> bytes | None:
+        """Return what the child has written, b"" at its end, None when there is nothing yet."""
+        try:
+            return os.read(self._child.output, 1 << 16)
+        except BlockingIOError:  # another handler of the same round has emptied the pipe
+            return None
 
     def _from_lifeline(self, descriptor: int) -> None:
         # One byte or more: the task ended as agreed. Nothing: its Python worker was killed.
@@ -245,11 +258,8 @@ class Agent:
 
     def _flush_output(self) -> None:
         """Take what the child has written so far; its last words are in the pipe, not yet in the log."""
-        os.set_blocking(self._child.output, False)
-        with contextlib.suppress(BlockingIOError):
-            while data := os.read(self._child.output, 1 << 16):
-                self._lines.feed(data)
-        os.set_blocking(self._child.output, True)
+        while data := self._read_output():
+            self._lines.feed(data)
         self._lines.feed(b"")
         self._send_lines()
 

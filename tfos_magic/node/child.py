@@ -68,9 +68,12 @@ def _live(config: dict[str, Any], payload_fd: int, link: Link) -> None:
         os.close(payload_fd)
         context = NodeContext(config, start, args, link)
         link.send("state", state="RUNNING", times={**times, "running": time.time()})
-        blob = _packed(_call(function, args, context), context)
+        value = _call(function, args, context)
+        training.warn_if_forgotten(context)
+        blob = _packed(value, context)
         link.send_counters()
     except BaseException as error:  # whatever the user's code raises, SystemExit too, belongs to the driver
+        link.send_counters()
         link.fail("user", _with_feed_error(error, link.feeds))
         return
     link.send_blob("result", blob)
@@ -91,11 +94,12 @@ def _packed(value: Any, context: NodeContext) -> bytes:
 
 
 def _with_feed_error(error: BaseException, feeds: Feeds) -> BaseException:
-    """Chain what was wrong with the data to the TensorFlow error that it came out as."""
+    """Put what was wrong with the data in place of the TensorFlow error that it came out as."""
     origin = next((feed.error for feed in feeds if feed.error is not None), None)
-    if origin is not None and error is not origin and error.__cause__ is None:
-        error.__cause__ = origin
-    return error
+    if origin is None:
+        return error
+    origin.__cause__, origin.__suppress_context__ = None, True
+    return origin.with_traceback(error.__traceback__)
 
 
 def _call(function: Callable[..., Any], args: Any, context: NodeContext) -> Any:

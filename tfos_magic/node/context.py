@@ -119,6 +119,7 @@ class NodeContext:
         shuffle: bool | None = None,
         *,
         raw: bool = False,
+        ragged: Sequence[str] = (),
     ) -> tf.data.Dataset:
         """Return this node's share of the data; iterating it once is one epoch.
 
@@ -135,12 +136,16 @@ class NodeContext:
             Another order in every epoch; default True for ``train`` unless ``--no-shuffle``, False for others.
         raw : bool
             Yield the dict of all columns.
+        ragged : sequence of str
+            List columns whose lists differ in length: they become ``tf.RaggedTensor``.
 
         Returns
         -------
         tf.data.Dataset
-            Yields ``x``, ``(x, y)`` or ``(x, y, weight)``; first dimension ≤ batch_size, and the same number of
-            batches on every node: a node that has used up its rows yields batches of 0 rows.
+            Yields ``x``, ``(x, y)`` or ``(x, y, weight)``; ``x`` is a tensor for one feature column, ``(rows,)`` for
+            numbers and ``(rows, k)`` for lists of k, and a dict by column name for several. The first
+            dimension is at most batch_size, and the number of batches is the same on every node: one that has used up
+            its rows yields batches of 0 rows.
 
         Raises
         ------
@@ -162,6 +167,7 @@ class NodeContext:
             shuffle=shuffle,
             seed=options["seed"],
             raw=raw,
+            ragged=ragged,
         )
 
     def get_data_feed(

@@ -13,6 +13,7 @@ Importing this imports neither TensorFlow nor Keras; calling its functions does.
 
 from __future__ import annotations
 
+import gc
 import sys
 from typing import Any, NoReturn
 
@@ -230,6 +231,32 @@ def close(ctx: Any) -> None:
     state = getattr(ctx, _STATE, None)
     if state is not None:
         state.close()
+
+
+def warn_if_forgotten(ctx: Any) -> None:
+    """Say so on the node's log when a Keras model was trained here without the others: most likely by oversight.
+
+    Parameters
+    ----------
+    ctx : NodeContext
+        Of a run whose function has returned.
+    """
+    state = getattr(ctx, _STATE, None)
+    is_shared = state is not None and (state.fits or state.strategy is not None)
+    keras = sys.modules.get("keras")
+    if ctx.num_nodes == 1 or is_shared or keras is None:
+        return
+    for model in (each for each in gc.get_objects() if isinstance(each, keras.Model)):
+        if getattr(model, "optimizer", None) is not None and int(model.optimizer.iterations):
+            ctx.log.warning(
+                "%s was trained on %s:%d alone, as on each of the %d nodes: ctx.distribute(model) before fit makes it "
+                "one training.",
+                model.name,
+                ctx.job_name,
+                ctx.task_index,
+                ctx.num_nodes,
+            )
+            return
 
 
 def is_consequence(type_name: str, message: str) -> bool:

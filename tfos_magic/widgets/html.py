@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from html import escape as _escape
 from itertools import accumulate, takewhile
 
-from tfos_magic.status import BoardView, NodeState, NodeView
+from tfos_magic.status import LEFT_OUT, BoardView, NodeState, NodeView
 from tfos_magic.widgets import words
 
 _GREEN, _AMBER, _RED, _BLUE, _GREY = "#2a9d4b", "#c77700", "#dc3d45", "#2f80d0", "#888888"
@@ -286,10 +286,12 @@ def _logs(view: BoardView, logs: Mapping[str, Sequence[str]]) -> str:
 
 
 def _log(name: str, lines: Sequence[str], budget: int, *, is_open: bool = False) -> str:
+    noted = LEFT_OUT.fullmatch(lines[0])  # the board's own note of lines that it no longer has
+    lines = lines[1:] if noted else lines
+    total = len(lines) + (int(noted[1].replace(",", "")) if noted else 0)
     tail = _tail(lines, budget)
-    left_out = len(lines) - len(tail)
-    note = f"… {left_out:,} earlier lines not shown\n" if left_out else ""
-    what = "1 line" if len(lines) == 1 else f"{len(lines):,} lines"
+    note = f"… {total - len(tail):,} earlier lines not shown\n" if total > len(tail) else ""
+    what = "1 line" if total == 1 else f"{total:,} lines"
     return _fold(
         f'Output of {escape(name)} <span style="{_MUTED}">{what}</span>',
         f'<div style="{_SCROLL}"><pre style="{_PRE}flex-shrink:0">{note}{escape(chr(10).join(tail))}</pre></div>',

@@ -156,6 +156,8 @@ def epoch(view: BoardView) -> str:
     if view.epoch is None:
         return ""
     if view.outcome:
+        if view.epoch > view.epochs:  # the function trained for longer than the line said
+            return f"{view.epoch} epochs"
         return f"{view.epoch} of {view.epochs} epochs" if view.epochs > 1 else "1 epoch"
     return f"epoch {min(view.epoch + 1, max(view.epochs, view.epoch))} of {max(view.epochs, view.epoch)}"
 
@@ -196,7 +198,7 @@ def headline(view: BoardView) -> tuple[str, list[str]]:
     speed = f"{count(rate)} rows/s" if rate >= 0.5 else ""
     if view.outcome:
         used = rows_used(view)
-        facts = [epoch(view), f"{count(used)} rows used" if used else "", speed]
+        facts = [epoch(view), f"{count(used)} {'row' if used == 1 else 'rows'} used" if used else "", speed]
     else:
         facts = [view.phase, epoch(view), duration(view.elapsed_s), speed]
     return title, [fact for fact in facts if fact]
