@@ -304,3 +304,16 @@ def test_a_refused_run_has_a_title_and_no_rows(spark_local4: Any) -> None:
     assert board.view().title == "Cell In[7]"
     assert board.view().outcome == "failed"
     assert not board.view().nodes
+
+
+def test_a_parameter_server_that_never_returns_ends_with_the_others(spark_local4: Any) -> None:
+    body = """
+def main_fun(args, ctx):
+    if ctx.job_name == "ps":
+        import threading
+        threading.Event().wait()
+    return ctx.job_name
+"""
+    result = run_cell(spark_local4, body, 3, num_ps=1)
+    assert result.values == ["chief", "worker", None]
+    assert [node.state.name for node in result.board.view().nodes] == ["DONE"] * 3

@@ -341,3 +341,15 @@ def test_evaluating_on_the_chief_only_is_an_error_in_words(spark_local4: Any, ot
         "not only the chief" if others == "return" else "different calls: chief:0: model.evaluate, worker:0: model.fit"
     )
     assert words in text
+
+
+@pytest.mark.slow
+def test_fit_without_distribute_is_remarked_upon(spark_local4: Any) -> None:
+    body = """
+import keras, numpy as np
+model = keras.Sequential([keras.layers.Dense(1)])
+model.compile("sgd", "mse")
+model.fit(np.ones((8, 2)), np.ones((8, 1)), verbose=0)
+"""
+    result = run_cell(spark_local4, body, 2)
+    assert all("ctx.distribute(model)" in lines[-1] for lines in result.logs.values())

@@ -336,7 +336,7 @@ class Cluster:
     # --- wait ---------------------------------------------------------------------------------------------
 
     def wait(self) -> None:
-        """Wait until every node has returned.
+        """Wait until every node has returned, but for those that only serve: parameter servers may never return.
 
         Raises
         ------
@@ -344,7 +344,7 @@ class Cluster:
             The root failure, once it is known.
         """
         self._emit(PhaseChanged("running"))
-        waited_for = [node for node in self._nodes if not self._is_server(node.role)]
+        waited_for = [node for node in self._nodes if node.role.job_name != "ps" and not self._is_server(node.role)]
         self._wait_until(lambda: all(node.result is not None for node in waited_for), "Running", None)
         for name in ("imported", "running"):
             stamps = [node.times[name] for node in self._nodes if name in node.times]
@@ -412,6 +412,7 @@ class Cluster:
             self._timings["total"] = self.elapsed_s
 
     def _stop_nodes(self) -> None:
+        is_done = "finished" in self._timings  # what still serves then has served its turn
         for node in self._nodes:
             node.send({"type": "stop"})
         for feed in self._feeds.values():
@@ -426,7 +427,7 @@ class Cluster:
                     break
                 self._changed.wait(0.1)
             for node in self._nodes:
-                node.change(NodeState.DONE if node.result is not None else NodeState.STOPPED)
+                node.change(NodeState.DONE if node.result is not None or is_done else NodeState.STOPPED)
         if self._launch_job is not None:
             self._launch_job.wait(_CLOSE_TIMEOUT_S)
 

@@ -21,7 +21,8 @@ NodeKilledError                 a node's process was killed by a signal
 NodeLostError                   an executor or its machine went away
 StalledError                    nodes wait for each other and can never go on
 RunTimeoutError                 ``--timeout`` passed
-RunStoppedError                 somebody stopped the run
+RunStoppedError                 somebody stopped the run's Spark job
+RunInterrupted                  the notebook was interrupted (■); a KeyboardInterrupt, not a TfosError
 ResultError                     a node's return value could not be brought to the driver
 ==============================  =========================================================================
 """
