@@ -95,14 +95,11 @@ def test_executors_without_the_package_or_anything_else_run_a_node(script: Scrip
 def test_a_lost_executor_is_named_at_once(script: Script, nodes: int) -> None:
     done = script(
         f"""
-        import psutil
         def kill_one():
             # An executor is a JVM of its own; only those of this very cluster concern us.
-            below = psutil.Process().children(recursive=True)
-            jvm = [p for p in below if "CoarseGrainedExecutorBackend" in " ".join(p.cmdline())][0]
             global killed_at
             killed_at = time.monotonic()
-            jvm.kill()
+            processes_with("CoarseGrainedExecutorBackend")[0].kill()
         try:
             run_cell(spark, "import time; time.sleep(120)", {nodes}, on_event=when_running({nodes}, kill_one))
         except TfosError as error:
