@@ -173,8 +173,12 @@ class Agent:
         loop.run_forever()
 
     def close(self) -> None:
-        """Give back port, feed server, sampler and connection; the child must be gone."""
-        for resource in (self._receiver, self._sampler, self._port, self._connection):
+        """Give back port, feed server and sampler; the child must be gone.
+
+        The connection stays open until the kernel closes it with the process: to the driver a closed connection means
+        that nothing of this node is left, so nothing may be.
+        """
+        for resource in (self._receiver, self._sampler, self._port):
             if resource is not None:
                 with contextlib.suppress(OSError):
                     resource.close()
