@@ -1,6 +1,6 @@
 """How fast rows reach a model: ``ctx.dataset`` against bare ``mapInArrow`` that drops its input, in one run.
 
-    python tests/benchmarks/feed.py [--rounds 5] [--rows 4000000]
+    python tests/benchmarks/feed.py [--rounds 5] [--rows 4000000] [--wide-rows 300000]
 
 Both read the same cached DataFrame with the same tasks; pairs are run in turn, and the ratio is taken pair by pair.
 The feed's time runs from the start of its Spark job until every node has iterated over all of its batches.
@@ -44,7 +44,8 @@ def main() -> None:
     """Run both shapes and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--rows", type=int, default=4_000_000, help="narrow rows; wide ones are a fortieth")
+    parser.add_argument("--rows", type=int, default=4_000_000, help="narrow rows; 0 leaves them out")
+    parser.add_argument("--wide-rows", type=int, default=300_000, help="0 leaves them out")
     parser.add_argument("--nodes", type=int, default=1)
     options = parser.parse_args()
     from pyspark.sql import SparkSession
@@ -53,6 +54,7 @@ def main() -> None:
         SparkSession.builder.master("local[3]")
         .config("spark.driver.memory", "6g")
         .config("spark.ui.enabled", "false")
+        .config("spark.ui.showConsoleProgress", "false")
         .config("spark.driver.host", "127.0.0.1")
         .config("spark.sql.execution.arrow.maxRecordsPerBatch", "10000")
         .getOrCreate()
@@ -60,7 +62,8 @@ def main() -> None:
     spark.sparkContext.setLogLevel("ERROR")
     print_machine()
     table = [("rows", "batch", "mapInArrow rows/s", "ctx.dataset rows/s", "MB/s", "ratio", "min-max", "cached rows/s")]
-    for name, frame, row_bytes in (narrow(spark, options.rows), wide(spark, options.rows // 40)):
+    shapes = ((narrow, options.rows), (wide, options.wide_rows))
+    for name, frame, row_bytes in (make(spark, rows) for make, rows in shapes if rows):
         frame = frame.cache()
         total = frame.count()
         for batch_size in (128, 1024):
@@ -75,7 +78,7 @@ def narrow(spark: Any, rows: int) -> tuple[str, Any, int]:
     columns = [f"cast(rand({seed}) as float) as f{seed}" for seed in range(4)]
     return (
         "4 floats + label",
-        spark.range(rows, numPartitions=4).selectExpr(*columns, "cast(id % 10 as int) as label"),
+        spark.range(rows, numPartitions=16).selectExpr(*columns, "cast(id % 10 as int) as label"),
         20,
     )
 
@@ -83,7 +86,7 @@ def narrow(spark: Any, rows: int) -> tuple[str, Any, int]:
 def wide(spark: Any, rows: int) -> tuple[str, Any, int]:
     """Return rows of one array of 784 floats and a label."""
     pixels = f"transform(sequence(1, {WIDE_COLUMNS}), i -> cast((id * i) % 255 as float)) as pixels"
-    frame = spark.range(rows, numPartitions=4).selectExpr(pixels, "cast(id % 10 as int) as label")
+    frame = spark.range(rows, numPartitions=16).selectExpr(pixels, "cast(id % 10 as int) as label")
     return "784 floats + label", frame, WIDE_COLUMNS * 4 + 4
 
 

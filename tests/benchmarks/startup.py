@@ -34,6 +34,7 @@ def main() -> None:
     spark = (
         SparkSession.builder.master(f"local[{options.nodes + 1}]")
         .config("spark.ui.enabled", "false")
+        .config("spark.ui.showConsoleProgress", "false")
         .config("spark.driver.host", "127.0.0.1")
         .getOrCreate()
     )

@@ -53,6 +53,7 @@ def main() -> None:
     spark = (
         SparkSession.builder.master("local[3]")
         .config("spark.ui.enabled", "false")
+        .config("spark.ui.showConsoleProgress", "false")
         .config("spark.driver.host", "127.0.0.1")
         .getOrCreate()
     )
