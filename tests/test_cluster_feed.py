@@ -113,3 +113,30 @@ def test_a_feed_that_the_run_does_not_have_names_the_option(spark_local4: Any) -
 
 def test_a_function_that_never_reads_its_data_still_ends(spark_local4: Any) -> None:
     assert run_cell(spark_local4, "7", 2, data={"train": spark_local4.range(100_000)}).values == [7, 7]
+
+
+@pytest.mark.slow
+def test_a_nodes_own_memory_does_not_grow_with_the_data(spark_local4: Any) -> None:
+    # What grows is the page cache of an unlinked file, which the kernel gives back when it is needed.
+    body = """
+import os
+feed = ctx.get_data_feed(input_mapping={"x": "x"})
+rows, most = 0, {"child": 0, "agent": 0}
+
+def own_memory(pid):
+    for line in open(f"/proc/{pid}/status"):
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) // 1024
+
+while not feed.should_stop():
+    rows += len(feed.next_batch(4096)["x"])
+    for name, pid in (("child", os.getpid()), ("agent", os.getppid())):
+        most[name] = max(most[name], own_memory(pid))
+rows, most
+"""
+    pixels = "transform(sequence(1, 784), i -> cast((id * i) % 255 as float)) as x"
+    frame = spark_local4.range(200_000, numPartitions=16).selectExpr(pixels)  # 630 MB
+    rows, most = run_cell(spark_local4, body, 1, data={"train": frame}).values[0]
+    assert rows == 200_000
+    assert most["agent"] < 100, most
+    assert most["child"] < 250, most
