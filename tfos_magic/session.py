@@ -6,7 +6,6 @@ Runs on: driver. All knowledge of PySpark's private corners is in this file.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 import signal
 import sys
@@ -236,9 +235,3 @@ def _slots_hint(context: SparkContext, needed: int, slots: int) -> str:
     if str(context.master).startswith("local"):
         return f'{fewer}a new session with more slots: spark.stop(), then .master("local[{needed}]").'
     return f"{fewer}more executors or cores: spark.executor.instances, spark.executor.cores, spark.cores.max."
-
-
-def pyspark_version() -> tuple[int, int]:
-    """Return PySpark's (major, minor)."""
-    major, minor = importlib.import_module("pyspark").__version__.split(".")[:2]
-    return int(major), int(minor)

@@ -21,7 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
 
-from benchmarks.tables import median, print_machine, print_table, spread
+from benchmarks.tables import local_spark, median, print_machine, print_table, spread
 from runs import start_cell
 
 from tfos_magic.feed.prepare import prepare
@@ -48,18 +48,7 @@ def main() -> None:
     parser.add_argument("--wide-rows", type=int, default=300_000, help="0 leaves them out")
     parser.add_argument("--nodes", type=int, default=1)
     options = parser.parse_args()
-    from pyspark.sql import SparkSession
-
-    spark = (
-        SparkSession.builder.master("local[3]")
-        .config("spark.driver.memory", "6g")
-        .config("spark.ui.enabled", "false")
-        .config("spark.ui.showConsoleProgress", "false")
-        .config("spark.driver.host", "127.0.0.1")
-        .config("spark.sql.execution.arrow.maxRecordsPerBatch", "10000")
-        .getOrCreate()
-    )
-    spark.sparkContext.setLogLevel("ERROR")
+    spark = local_spark(3, spark_driver_memory="6g", spark_sql_execution_arrow_maxRecordsPerBatch="10000")
     print_machine()
     table = [("rows", "batch", "mapInArrow rows/s", "ctx.dataset rows/s", "MB/s", "ratio", "min-max", "cached rows/s")]
     shapes = ((narrow, options.rows), (wide, options.wide_rows))

@@ -19,7 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
 
-from benchmarks.tables import median, print_machine, print_table, spread
+from benchmarks.tables import local_spark, median, print_machine, print_table, spread
 from runs import run_cell
 
 
@@ -29,16 +29,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--nodes", type=int, default=2)
     options = parser.parse_args()
-    from pyspark.sql import SparkSession
-
-    spark = (
-        SparkSession.builder.master(f"local[{options.nodes + 1}]")
-        .config("spark.ui.enabled", "false")
-        .config("spark.ui.showConsoleProgress", "false")
-        .config("spark.driver.host", "127.0.0.1")
-        .getOrCreate()
-    )
-    spark.sparkContext.setLogLevel("ERROR")
+    spark = local_spark(options.nodes + 1)
     print_machine()
     rounds = [one_round(spark, options.nodes) for _ in range(options.rounds + 1)][1:]  # the first one warms up
     table = [("part", "median s", "min-max")]

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 
 def median(values: Sequence[float]) -> float:
@@ -19,6 +20,19 @@ def median(values: Sequence[float]) -> float:
 def spread(values: Sequence[float]) -> str:
     """Return ``min-max``."""
     return f"{min(values):,.3g}-{max(values):,.3g}"
+
+
+def local_spark(slots: int, **settings: str) -> Any:
+    """Return a quiet local session; `settings` are Spark's, with ``_`` for ``.``, e.g. ``spark_driver_memory="6g"``."""
+    from pyspark.sql import SparkSession
+
+    quiet = {"spark_ui_enabled": "false", "spark_ui_showConsoleProgress": "false", "spark_driver_host": "127.0.0.1"}
+    builder = SparkSession.builder.master(f"local[{slots}]")
+    for name, value in {**quiet, **settings}.items():
+        builder = builder.config(name.replace("_", "."), value)
+    spark = builder.getOrCreate()
+    spark.sparkContext.setLogLevel("ERROR")
+    return spark
 
 
 def print_table(title: str, rows: Sequence[Sequence[str]]) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
 
-from benchmarks.tables import median, print_machine, print_table, spread
+from benchmarks.tables import local_spark, median, print_machine, print_table, spread
 from runs import run_cell
 
 FIT = """
@@ -48,16 +48,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rows", type=int, default=60_000)
     options = parser.parse_args()
-    from pyspark.sql import SparkSession
-
-    spark = (
-        SparkSession.builder.master("local[3]")
-        .config("spark.ui.enabled", "false")
-        .config("spark.ui.showConsoleProgress", "false")
-        .config("spark.driver.host", "127.0.0.1")
-        .getOrCreate()
-    )
-    spark.sparkContext.setLogLevel("ERROR")
+    spark = local_spark(3)
     print_machine()
     plain, one, two = [], [], []
     for _ in range(options.rounds):

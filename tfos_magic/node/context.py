@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from tfos_magic.feed.source import Feeds, FeedSource
     from tfos_magic.node.link import Link
 
-_SERVER_JOBS = frozenset({"ps"})
 _NOT_TRAINING = frozenset({"ps", "evaluator"})
 
 
