@@ -15,9 +15,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from tfos_magic.feed.receiver import ChunkReady, FeedEnded, FeedFailed, FeedNotice, FeedOpened, FeedReceiver
-from tfos_magic.feed.sender import FeedPlan, feed_partition
+from tfos_magic.feed.cargo import FeedPlan
+from tfos_magic.feed.receiver import FeedReceiver
+from tfos_magic.feed.sender import feed_partition
 from tfos_magic.feed.source import Feeds, FeedSource
+from tfos_magic.feed.staging import ChunkReady, FeedEnded, FeedFailed, FeedNotice, FeedOpened
 
 
 class FakeNode:

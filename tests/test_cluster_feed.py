@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from runs import run_cell
 
+from tfos_magic import TFCluster
 from tfos_magic.errors import DataError, FeedError, NodeError, UsageError
 from tfos_magic.status import Event, NodeBeat
 
@@ -140,3 +141,12 @@ rows, most
     assert rows == 200_000
     assert most["agent"] < 100, most
     assert most["child"] < 250, most
+
+
+def test_a_dataset_over_a_queue_is_refused_in_words(spark_local4: Any) -> None:
+    def wrong(args: Any, ctx: Any) -> None:
+        ctx.dataset("input")
+
+    cluster = TFCluster.run(spark_local4, wrong, None, 1, input_mode=TFCluster.InputMode.SPARK)
+    with pytest.raises(NodeError, match="get_data_feed"):
+        cluster.shutdown()

@@ -21,8 +21,9 @@ from feed_cluster import fake_cluster, numbered
 
 from tfos_magic.errors import FeedError
 from tfos_magic.feed import wire
-from tfos_magic.feed.receiver import ChunkReady, FeedFailed
-from tfos_magic.feed.sender import FeedPlan, feed_partition
+from tfos_magic.feed.cargo import FeedPlan
+from tfos_magic.feed.sender import feed_partition
+from tfos_magic.feed.staging import ChunkReady, FeedFailed
 
 ROOT = Path(__file__).parent.parent
 
@@ -35,7 +36,7 @@ def test_staged_rows_are_invisible_until_published(tmp_path):
     with fake_cluster(2, tmp_path) as cluster:
         feed_partition(iter(numbered(500)), cluster.plan, 0, 7, stage_only)
         assert not any(isinstance(n, ChunkReady) for node in cluster.nodes for n in node.notices)
-        assert cluster.nodes[0].receiver.rows_received("train") == 250
+        assert cluster.nodes[0].receiver.rows_received == 250
         assert cluster.commit(0, 7, [250, 250])
         cluster.end()
         assert sorted(cluster.rows()) == list(range(500))
@@ -92,7 +93,7 @@ def test_loser_gives_its_disk_space_back(tmp_path):
         before = os.fstat(spool.fd).st_blocks
         assert cluster.commit(0, 2, [0])
         assert os.fstat(spool.fd).st_blocks < before / 10
-        assert cluster.nodes[0].receiver.rows_received("train") == 0
+        assert cluster.nodes[0].receiver.rows_received == 0
 
 
 def test_missing_rows_fail_the_feed_instead_of_training_on_part(tmp_path):
@@ -237,7 +238,8 @@ def test_close_in_mid_stream_is_quick_and_the_sender_is_told(tmp_path):
 RECEIVER = """
 import json, sys
 from dataclasses import asdict
-from tfos_magic.feed.receiver import FeedReceiver, FeedOpened
+from tfos_magic.feed.receiver import FeedReceiver
+from tfos_magic.feed.staging import FeedOpened
 def notify(notice):
     record = {"type": type(notice).__name__, **asdict(notice)}
     record.pop("schema_ipc", None)
@@ -254,7 +256,8 @@ assert "pyarrow" not in sys.modules
 SENDER = """
 import json, sys, time
 import pyarrow as pa
-from tfos_magic.feed.sender import FeedPlan, feed_partition
+from tfos_magic.feed.cargo import FeedPlan
+from tfos_magic.feed.sender import feed_partition
 secret, ports, attempt, stall = bytes.fromhex(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 def batches():
     for start in range(0, 40_000, 10_000):

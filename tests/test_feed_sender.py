@@ -9,8 +9,9 @@ import pytest
 from feed_cluster import fake_cluster, numbered
 
 from tfos_magic.errors import DataError, FeedError
-from tfos_magic.feed.receiver import ChunkReady
-from tfos_magic.feed.sender import FeedPlan, feed_partition
+from tfos_magic.feed.cargo import FeedPlan
+from tfos_magic.feed.sender import feed_partition
+from tfos_magic.feed.staging import ChunkReady
 
 
 @pytest.mark.parametrize("sizes", [[1] * 10, [0, 0, 1, 0], [9999, 1, 0, 3], [7] * 30, [0] * 3])

@@ -209,3 +209,36 @@ def test_the_magics_in_ipython(old: Old) -> None:
     assert found["completions"] == ["--executors"]
     assert found["unloaded"]
     assert found["matchers"] == 0
+
+
+def test_a_tfcluster_feeds_asks_and_shows_tensorboard(old: Old) -> None:
+    found = old(
+        """
+        import urllib.request
+        from tfos_magic import TFCluster
+
+        def total(args, ctx):
+            feed, seen = ctx.get_data_feed(), 0
+            while not feed.should_stop():
+                seen += sum(row[1] for row in feed.next_batch(64))
+            return seen
+
+        def negative(args, ctx):
+            feed = ctx.get_data_feed(train_mode=False)
+            while not feed.should_stop():
+                feed.batch_results([-row for row in feed.next_batch(64)])
+
+        sc, mode = spark.sparkContext, TFCluster.InputMode.SPARK
+        with TFCluster.run(sc, total, None, 2, input_mode=mode, tensorboard=True) as cluster:
+            cluster.train(sc.parallelize([("a", n) for n in range(1000)], 5), 2)
+            cluster.train(spark.range(100).selectExpr("'b' as a", "id"), 1)
+            url = cluster.tensorboard_url()
+            found["page"] = urllib.request.urlopen(url, timeout=20).read().decode()[:5000]
+        found["total"] = sum(cluster.result.values)
+        with TFCluster.run(sc, negative, None, 2, input_mode=mode) as cluster:
+            found["same"] = cluster.inference(sc.parallelize(range(100), 3)).collect() == [-n for n in range(100)]
+        """
+    )
+    assert found["total"] == 2 * sum(range(1000)) + sum(range(100))
+    assert found["same"]
+    assert "TensorBoard" in found["page"]

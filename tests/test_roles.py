@@ -15,7 +15,7 @@ def names(*args: int, **options: bool | int) -> list[str]:
 def test_roles_come_in_a_fixed_order() -> None:
     assert names(1) == ["chief:0"]
     assert names(4) == ["chief:0", "worker:0", "worker:1", "worker:2"]
-    assert names(3, has_chief=False) == ["worker:0", "worker:1", "worker:2"]
+    assert names(3, chief=None) == ["worker:0", "worker:1", "worker:2"]
     assert names(5, num_ps=2, has_evaluator=True) == ["chief:0", "worker:0", "ps:0", "ps:1", "evaluator:0"]
 
 
@@ -26,7 +26,7 @@ def test_roles_come_in_a_fixed_order() -> None:
         (2, {"num_ps": 2}),
         (4, {"num_ps": 4}),
         (1, {"has_evaluator": True}),
-        (1, {"num_ps": 1, "has_chief": False}),
+        (1, {"num_ps": 1, "chief": None}),
         (2, {"num_ps": -1}),
     ],
 )

@@ -12,7 +12,20 @@ if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
 
 __version__ = "0.1.0"
-__all__ = ["cluster", "errors", "load_ipython_extension", "namedtuple_patch", "unload_ipython_extension"]
+__all__ = [
+    "TFCluster",
+    "TFManager",
+    "TFNode",
+    "TFParallel",
+    "cluster",
+    "compat",
+    "dfutil",
+    "errors",
+    "load_ipython_extension",
+    "namedtuple_patch",
+    "pipeline",
+    "unload_ipython_extension",
+]
 
 _MODULES = frozenset(__all__) - {"load_ipython_extension", "unload_ipython_extension"}
 

@@ -67,7 +67,7 @@ def by_value(entry: str, archive: bytes) -> Callable[..., Any]:
     Parameters
     ----------
     entry : str
-        ``module:generator_function``, e.g. ``tfos_magic.feed.task:feed_task``.
+        ``module:generator_function``, e.g. ``tfos_magic.feed.task:feed_batches``.
     archive : bytes
         From :func:`build`.
 

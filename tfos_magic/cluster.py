@@ -17,20 +17,22 @@ from __future__ import annotations
 
 import functools
 import secrets
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tfos_magic import archive, roles, session
+from tfos_magic import archive, session
+from tfos_magic.briefing import Briefing
 from tfos_magic.errors import RunInterrupted, RunTimeoutError, TfosError
 from tfos_magic.failures import Failure, describe_launch_error, error_of, root_of
 from tfos_magic.feed.prepare import prepare
 from tfos_magic.feeding import Delivery
 from tfos_magic.jobs import SparkJob
+from tfos_magic.launching import Launch
 from tfos_magic.members import Member
-from tfos_magic.options import RunOptions
+from tfos_magic.options import RunOptions, modules_to_preload
+from tfos_magic.queues import Queues
 from tfos_magic.rendezvous import Message, Peer, RendezvousServer
 from tfos_magic.result import RunResult
 from tfos_magic.status import (
@@ -133,6 +135,7 @@ class Cluster:
         *,
         on_event: Callable[[Event], None],
         cell_names: Mapping[str, str],
+        queues: Sequence[str] = (),
     ) -> None:
         self._spark = session.as_session(spark)
         self._context = self._spark.sparkContext
@@ -145,15 +148,44 @@ class Cluster:
         self._secret, self._feed_secret, self._node_secret = (secrets.token_bytes(32) for _ in range(3))
         self._nodes = [Member(index, role, on_event) for index, role in enumerate(options.roles())]
         self._feeds: dict[str, Delivery] = {}
-        self._feed_names: tuple[str, ...] = ()
+        self.queues = Queues(self, queues, options.queue_limit_bytes)
+        self._queue_names = tuple(queues)
         self._failures: list[Failure] = []
         self._is_closing = False
-        self._changed = threading.Condition()
+        self._closed = threading.Event()
+        self.changed = threading.Condition()
         self._server: RendezvousServer | None = None
-        self._launch_job: SparkJob | None = None
+        self._launch = Launch(self._context, options, self._nodes)
+        self._briefing = Briefing(options, self._nodes, (), queues)
         self._began = time.time()
         self._timings: dict[str, float] = {}
         self._emit(RunPlanned(options.title, tuple(node.name for node in self._nodes), options.epochs))
+
+    @property
+    def id(self) -> str:
+        """Eight hexadecimal digits, different for each run."""
+        return self._id
+
+    @property
+    def nodes(self) -> Sequence[Member]:
+        """All nodes, in node order."""
+        return self._nodes
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether something has gone wrong that ends the run."""
+        return bool(self._failures)
+
+    @property
+    def is_closing(self) -> bool:
+        """Whether it is closed, or about to be."""
+        return self._is_closing
+
+    def wait_for_failure(self) -> TfosError | None:
+        """Wait until the run fails, and return why; None when it is closed before that."""
+        with self.changed:
+            self.changed.wait_for(lambda: self._failures or self._is_closing)
+            return self._root_error() if self._failures else None
 
     @property
     def elapsed_s(self) -> float:
@@ -162,95 +194,37 @@ class Cluster:
 
     # --- start --------------------------------------------------------------------------------------------
 
-    def start(self, feeds: Sequence[str] = ()) -> None:
+    def start(self, feeds: Sequence[str] = (), timeout_s: float | None = None) -> None:
         """Start all nodes; return when each has heard who is who.
+
+        Parameters
+        ----------
+        feeds : sequence of str
+            Names of the cached feeds that will come.
+        timeout_s : float, optional
+            How long to wait for busy slots.
 
         Raises
         ------
         TooFewSlotsError, RendezvousError, EnvironmentMismatchError, NodeError
         """
         self._feed_names = tuple(feeds)
-        slots = self._require_slots()
+        self._briefing = Briefing(self._options, self._nodes, feeds, self._queue_names)
+        self._launch.require_slots(self._emit)
         bind, host = session.driver_address(self._context)
         self._server = RendezvousServer(bind, self._secret, self._on_message, self._on_close)
-        self._launch((host, self._server.port), holds_slots=slots > len(self._nodes))
-        self._wait_until(lambda: all(node.peer for node in self._nodes), "Waiting for free slots", None)
-        self._timings["connected"] = self.elapsed_s
-        self._send_start()
-
-    def _require_slots(self) -> int:
-        needed = len(self._nodes)
-        if session.is_dynamic(self._context):
-            self._emit(PhaseChanged(f"waiting for executors: {needed} slots needed"))
-            return sys.maxsize
-        slots = session.require_slots(
-            self._context,
-            needed,
-            lambda now: self._emit(PhaseChanged(f"waiting for executors: {now} of {needed} slots")),
-        )
-        free = slots - session.busy_slot_count(self._context)
-        waiting = f"waiting for slots: {needed} needed, {max(free, 0)} of {slots} free"
-        self._emit(PhaseChanged(f"starting {needed} nodes" if free >= needed else waiting))
-        return slots
-
-    def _launch(self, address: tuple[str, int], *, holds_slots: bool) -> None:
-        count = len(self._nodes)
         config = {
-            "address": address,
+            "address": (host, self._server.port),
             "secret": self._secret.hex(),
             "feed_secret": self._feed_secret.hex(),
             "node_secret": self._node_secret.hex(),
-            "hold": holds_slots,
-            "keep_env": session.kept_environment(self._context),
-            "preload": self._options.preload,
-            "default_fs": session.default_file_system(self._context),
         }
-        task = functools.partial(
-            archive.by_value("tfos_magic.node.launch:launch", archive.build()), config, self._payload.data
-        )
-        rdd = self._context.parallelize(range(count), count)
-        # Spark refuses barrier stages under dynamic allocation (SPARK-24942); there tasks come as slots do.
-        tasks = rdd.mapPartitions(task) if session.is_dynamic(self._context) else rdd.barrier().mapPartitions(task)
-        self._launch_job = SparkJob(
-            self._context, f"tfos_magic-{self._id}", f"tfos_magic: {count} nodes", tasks.collect, self._launch_ended
-        )
-
-    def _send_start(self) -> None:
-        addresses = [f"{node.info['address']}:{node.info['port']}" for node in self._nodes]
-        spec = roles.cluster_spec([node.role for node in self._nodes], addresses)
-        for node in self._nodes:  # node 0 first: it leads the others, who wait a second if it is late
-            node.send(self._start_message(node, spec))
-
-    def _start_message(self, node: Member, spec: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-        environment = {"TF_CONFIG": roles.tf_config(node.role, spec), "TF_GRPC_REUSE_PORT": "true"}
-        if node.info["gpus"] is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(node.info["gpus"])
-        options, targets = self._options, self._feed_targets()
-        return {
-            "type": "start",
-            "job_name": node.role.job_name,
-            "task_index": node.role.task_index,
-            "cluster_spec": spec,
-            "is_chief": node.index == 0,
-            "is_server": self._is_server(node.role),
-            "is_coordinator": node.index == 0 and any(self._is_server(other.role) for other in self._nodes),
-            "environment": environment,
-            "feeds": self._feed_names,
-            "feed_index": targets.index(node) if node in targets else 0,
-            "data_options": {
-                "batch_size": options.batch_size,
-                "epochs": options.epochs,
-                "features": options.features,
-                "label": options.label,
-                "weight": options.weight,
-                "shuffle": options.shuffle,
-                "seed": options.seed,
-            },
-        }
-
-    def _is_server(self, role: roles.Role) -> bool:
-        """Return True for a node that only serves variables or computations to the chief."""
-        return bool(self._options.num_ps) and not self._options.serves_itself and role.job_name in ("ps", "worker")
+        self._launch.begin(f"tfos_magic-{self._id}", config, self._payload.data, self._launch_ended)
+        if not self._options.waits_for_all:
+            return  # each node begins when it comes
+        self.wait_until(lambda: all(node.peer for node in self._nodes), "Waiting for free slots", timeout_s)
+        self._timings["connected"] = self.elapsed_s
+        self._briefing.send_all()
 
     # --- feed ---------------------------------------------------------------------------------------------
 
@@ -264,68 +238,113 @@ class Cluster:
         frame : DataFrame
             From :func:`tfos_magic.feed.prepare.prepare`: only columns that can become tensors.
         """
-        delivery = self._feeds[name] = Delivery(name, self._feed_targets())
+        delivery = Delivery(name, self.fed_nodes)
+        self.open_feed(delivery)
+        task = functools.partial(
+            archive.by_value("tfos_magic.feed.task:feed_batches", archive.build()), self.plan_of(delivery)
+        )
+        self.run_feed_job(delivery, frame.mapInArrow(task, "rows long").collect)
+
+    def open_feed(self, delivery: Delivery) -> None:
+        """Let all nodes expect a delivery; return when they do."""
+        with self.changed:
+            self._feeds[delivery.name] = delivery
         delivery.open()
-        self._wait_until(lambda: delivery.is_open, "Opening the feed on the nodes", _PATIENCE_S)
+        self.wait_until(lambda: delivery.is_open, "Opening the feed on the nodes", _PATIENCE_S)
+
+    def plan_of(self, delivery: Delivery) -> dict[str, Any]:
+        """Return what a Spark task must know to send rows."""
         rendezvous = session.driver_address(self._context)[1], self._server.port if self._server else 0
-        plan = delivery.plan(self._feed_secret, rendezvous, self._secret)
-        task = functools.partial(archive.by_value("tfos_magic.feed.task:feed_task", archive.build()), plan)
-        action = frame.mapInArrow(task, "rows long").collect
-        group, description = f"tfos_magic-{self._id}-{name}", f"tfos_magic: feed {name}"
+        return delivery.plan(self._feed_secret, rendezvous, self._secret)
+
+    def run_feed_job(self, delivery: Delivery, action: Callable[[], Any]) -> None:
+        """Run a delivery's Spark action beside the main thread."""
+        group, description = f"tfos_magic-{self._id}-{delivery.name}", f"tfos_magic: feed {delivery.name}"
         delivery.job = SparkJob(
             self._context, group, description, action, lambda job: self._delivery_ended(delivery, job)
         )
 
-    def _feed_targets(self) -> list[Member]:
-        return [node for node in self._nodes if node.role.is_training and not self._is_server(node.role)]
+    def stop_queues(self, reason: str) -> None:
+        """End every queue at once, on all nodes."""
+        with self.changed:
+            for queue in self._queue_names:
+                self.queues.stop(queue, reason)
+
+    def forget_feed(self, delivery: Delivery) -> None:
+        """Drop a delivery whose rows have passed. Called under the lock."""
+        if delivery.has_ended:
+            del self._feeds[delivery.name]
+
+    @property
+    def fed_nodes(self) -> list[Member]:
+        """The nodes over which rows are dealt."""
+        return self._briefing.fed_nodes
 
     def _delivery_ended(self, delivery: Delivery, job: SparkJob) -> None:
-        with self._changed:
+        with self.changed:
             if not self._is_closing:
                 delivery.end(job)
                 self._timings[f"fed_{delivery.name}"] = self.elapsed_s
                 self._note_feed_error(delivery)
-            self._changed.notify_all()
+            self.changed.notify_all()
 
     def _note_feed_error(self, delivery: Delivery) -> None:
-        if delivery.error is not None:
+        if delivery.error is not None and delivery.queue is None:  # of a queue, whoever feeds it raises the error
             self._note(Failure("feed", error=delivery.error))
 
     # --- what nodes report (in the rendezvous' thread) ----------------------------------------------------
 
     def _on_message(self, peer: Peer, message: Message) -> None:
-        with self._changed:
+        with self.changed:
             header = message.header
             if message.type == "hello":
                 self._nodes[header["index"]].greet(peer, dict(header))
+                if not self._options.waits_for_all:
+                    self._briefing.send_alone(self._nodes[header["index"]])
             elif message.type == "commit":
-                self._feeds[header["feed"]].commit(peer, header)
-            elif message.type == "feed_error":
+                self._commit(peer, header)
+            elif message.type == "feed_error" and header["feed"] in self._feeds:
                 self._feeds[header["feed"]].refuse(header)
                 self._note_feed_error(self._feeds[header["feed"]])
             elif "member" in peer.info:
                 self._take_report(peer.info["member"], message)
-            self._changed.notify_all()
+            self.changed.notify_all()
+
+    def _commit(self, task: Peer, header: Mapping[str, Any]) -> None:
+        if header["feed"] in self._feeds:
+            self._feeds[header["feed"]].commit(task, header)
+        else:  # a twin of a task, come after the feed's end
+            task.send({"type": "committed", "accepted": False})
 
     def _take_report(self, node: Member, message: Message) -> None:
+        if message.type == "drained" and message.header["feed"] in self._feeds:
+            self._feeds[message.header["feed"]].drain(node)
+        elif message.type == "terminate":
+            self.queues.stop(message.header["queue"], f"{node.name} wants no more rows (terminate)")
+        elif message.type == "result":
+            self.queues.node_returned(node)
+            if self._options.is_independent:
+                node.send({"type": "stop"})  # its slot is another node's turn
         failure = node.report(message)
         if failure is not None and self._note(failure):
             node.change(NodeState.FAILED)
 
     def _on_close(self, peer: Peer) -> None:
-        with self._changed:
+        with self.changed:
             node = peer.info.get("member")
             if node is not None:
                 node.has_ended = True
-                if self._note(Failure("lost", node=node.index)):
+                if node.result is not None and self._options.is_independent:
+                    node.change(NodeState.DONE)
+                elif self._note(Failure("lost", node=node.index)):
                     node.change(NodeState.LOST)
-            self._changed.notify_all()
+            self.changed.notify_all()
 
     def _launch_ended(self, job: SparkJob) -> None:
-        with self._changed:
+        with self.changed:
             if job.error is not None:
                 self._note(Failure("launch", error=describe_launch_error(job.error)))
-            self._changed.notify_all()
+            self.changed.notify_all()
 
     def _note(self, failure: Failure) -> bool:
         """Keep a failure; what fails once the end has begun is the end's own doing and does not count."""
@@ -335,8 +354,14 @@ class Cluster:
 
     # --- wait ---------------------------------------------------------------------------------------------
 
-    def wait(self) -> None:
+    def wait(self, timeout_s: float | None = None, evaluator_grace_s: float | None = None) -> None:
         """Wait until every node has returned, but for those that only serve: parameter servers may never return.
+
+        Parameters
+        ----------
+        timeout_s : float, optional
+        evaluator_grace_s : float, optional
+            How long an evaluator may go on when all others have returned; as long as it likes by default.
 
         Raises
         ------
@@ -344,24 +369,53 @@ class Cluster:
             The root failure, once it is known.
         """
         self._emit(PhaseChanged("running"))
-        waited_for = [node for node in self._nodes if node.role.job_name != "ps" and not self._is_server(node.role)]
-        self._wait_until(lambda: all(node.result is not None for node in waited_for), "Running", None)
+        evaluators = [node for node in self._nodes if node.role.job_name == "evaluator"]
+        others = [
+            node for node in self._nodes if node.role.job_name != "ps" and not self._briefing.is_server(node.role)
+        ]
+        if evaluator_grace_s is not None:
+            others = [node for node in others if node not in evaluators]
+        self.wait_until(lambda: all(node.result is not None for node in others), "Running", timeout_s)
+        if evaluator_grace_s is not None and evaluators:
+            until = time.monotonic() + evaluator_grace_s
+            self.wait_until(
+                lambda: all(node.result is not None for node in evaluators) or time.monotonic() > until,
+                "Evaluating",
+                None,
+            )
         for name in ("imported", "running"):
             stamps = [node.times[name] for node in self._nodes if name in node.times]
             if stamps:
                 self._timings[name] = max(stamps) - self._began
         self._timings["finished"] = self.elapsed_s
 
-    def _wait_until(self, is_done: Callable[[], bool], purpose: str, timeout_s: float | None) -> None:
+    def wait_until(self, is_done: Callable[[], bool], purpose: str, timeout_s: float | None) -> None:
+        """Wait for what nodes report; `is_done` is asked under the lock, a few times a second at least.
+
+        Raises
+        ------
+        NodeError, …
+            The root failure, if the run fails meanwhile.
+        RunTimeoutError
+            `timeout_s`, or the run's own timeout, has passed.
+        """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        with self._changed:
-            while not is_done():
+        with self.changed:
+            while True:
+                if is_done():
+                    return
                 if self._failures:
                     raise self._root_error()
-                self._check_time(purpose, deadline)
-                self._changed.wait(0.25)  # short, so that the run's own timeout is kept
+                if deadline is not None and time.monotonic() > deadline:
+                    raise RunTimeoutError(
+                        f"{purpose} took more than {timeout_s:g} s.",
+                        cause="; ".join(f"{node.name} is {node.state.value}" for node in self._nodes),
+                        hint="The executors' stderr (Spark UI) says what they do.",
+                    )
+                self._check_time()
+                self.changed.wait(0.25)  # short, so that the run's own timeout is kept
 
-    def _check_time(self, purpose: str, deadline: float | None) -> None:
+    def _check_time(self) -> None:
         limit = self._options.timeout_s
         if limit is not None and self.elapsed_s > limit:
             raise RunTimeoutError(
@@ -369,18 +423,22 @@ class Cluster:
                 cause="; ".join(f"{node.name} is {node.state.value}" for node in self._nodes),
                 hint="Give it more time with --timeout, or look at the nodes' logs.",
             )
-        if deadline is not None and time.monotonic() > deadline:
-            raise RunTimeoutError(
-                f"{purpose} took more than {_PATIENCE_S:.0f} s.",
-                cause="; ".join(f"{node.name} is {node.state.value}" for node in self._nodes),
-                hint="The executors' stderr (Spark UI) says what they do.",
-            )
+
+    def raise_cause_of(self, error: TfosError) -> None:
+        """Raise what has made a feed fail: a node's end if there is one, which may be heard of later than the feed's.
+
+        Called under the lock.
+        """
+        deadline = time.monotonic() + _CONSEQUENCE_GRACE_S
+        while not self._failures and time.monotonic() < deadline:
+            self.changed.wait(deadline - time.monotonic())
+        raise self._root_error() if self._failures else error
 
     def _root_error(self) -> TfosError:
         """Wait briefly for the cause when what came first looks like a consequence; return the error to show."""
         deadline = time.monotonic() + _CONSEQUENCE_GRACE_S
         while (root := root_of(self._failures)).is_consequence and time.monotonic() < deadline:
-            self._changed.wait(deadline - time.monotonic())
+            self.changed.wait(deadline - time.monotonic())
         nodes = {node.index: (node.name, node.host) for node in self._nodes}
         return error_of(root, self._failures, nodes, self._cell_names)
 
@@ -396,9 +454,11 @@ class Cluster:
 
     def close(self) -> None:
         """Stop all nodes and jobs and give back the port; idempotent. An interrupt meanwhile forces it."""
-        with self._changed:
+        with self.changed:
             was_closing, self._is_closing = self._is_closing, True
+            self.changed.notify_all()
         if was_closing:
+            self._closed.wait()
             return
         try:
             self._stop_nodes()
@@ -406,10 +466,13 @@ class Cluster:
             # Whatever is still alive now loses its connection, and an agent without one ends at once.
             if self._server is not None:
                 self._server.close()
-            for job in self._jobs():
+            self._launch.cancel()
+            self._launch.wait(_CLOSE_TIMEOUT_S)
+            for job in [feed.job for feed in self._feeds.values() if feed.job is not None]:
                 job.cancel()
                 job.wait(_CLOSE_TIMEOUT_S)
             self._timings["total"] = self.elapsed_s
+            self._closed.set()
 
     def _stop_nodes(self) -> None:
         is_done = "finished" in self._timings  # what still serves then has served its turn
@@ -418,22 +481,17 @@ class Cluster:
         for feed in self._feeds.values():
             if feed.job is not None:
                 feed.job.cancel()
-        if self._launch_job is not None and not all(node.peer for node in self._nodes):
-            self._launch_job.cancel()  # tasks that have not started yet would start nodes for nobody
+        if not all(node.peer for node in self._nodes):
+            self._launch.cancel()  # tasks that have not started yet would start nodes for nobody
         deadline = time.monotonic() + _CLOSE_TIMEOUT_S
-        with self._changed:
+        with self.changed:
             while not all(node.has_ended or node.peer is None for node in self._nodes):
                 if time.monotonic() > deadline:
                     break
-                self._changed.wait(0.1)
+                self.changed.wait(0.1)
             for node in self._nodes:
                 node.change(NodeState.DONE if node.result is not None or is_done else NodeState.STOPPED)
-        if self._launch_job is not None:
-            self._launch_job.wait(_CLOSE_TIMEOUT_S)
-
-    def _jobs(self) -> list[SparkJob]:
-        jobs = [self._launch_job, *(feed.job for feed in self._feeds.values())]
-        return [job for job in jobs if job is not None]
+        self._launch.wait(_CLOSE_TIMEOUT_S)
 
     def result(self, board: StatusBoard) -> RunResult:
         """Return what the nodes returned; call it after :meth:`wait`."""
@@ -457,4 +515,4 @@ def plan(spark: Any, options: RunOptions) -> list[str]:
     ]
 
 
-__all__ = ["Cluster", "RunOptions", "plan", "run"]
+__all__ = ["Cluster", "RunOptions", "modules_to_preload", "plan", "run"]

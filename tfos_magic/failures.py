@@ -29,6 +29,7 @@ from tfos_magic.errors import (
 from tfos_magic.node.launch import ERROR_MARK
 
 _OTHERS_SHOWN = 3
+_PYTHON_ERROR = re.compile(r"(?!py4j|pyspark|org\.|java\.|Caused)[\w.]*(Error|Exception|Interrupt|Warning): ")
 # Messages of Keras that do not say what they mean here → the next thing to type.
 _HINTS = (
     (
@@ -247,3 +248,10 @@ def _line_with(text: str, word: str) -> str:
 def _caused(error: TfosError, cause: Exception) -> TfosError:
     error.__cause__ = cause
     return error
+
+
+def python_reason(text: str) -> str:
+    """Return the line that says most: the last one of a Python traceback, else the first."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    python = [line for line in lines if _PYTHON_ERROR.match(line)]
+    return (python or lines or [""])[-1 if python else 0]

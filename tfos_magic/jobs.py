@@ -1,4 +1,4 @@
-"""Spark jobs that run beside the notebook's main thread and can be cancelled.
+"""What runs beside the notebook's main thread: Spark jobs that can be cancelled, and nodes on the driver's machine.
 
 Runs on: driver.
 
@@ -9,8 +9,11 @@ while a job in a thread of its own is cancelled in 0.02 s.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
+
+from tfos_magic import archive
+from tfos_magic.node.launch import launch
 
 if TYPE_CHECKING:
     from pyspark import SparkContext
@@ -80,3 +83,35 @@ class SparkJob:
         finally:
             self._ended.set()
             self._on_end(self)
+
+
+class LocalNodes:
+    """Nodes that are processes of the driver's machine; each has a thread that stands in for Spark's task.
+
+    Parameters
+    ----------
+    indices : sequence of int
+        Of the nodes.
+    config : dict
+        What an executor's task would get.
+    payload : bytes
+        The packed function.
+    """
+
+    def __init__(self, indices: Sequence[int], config: dict[str, Any], payload: bytes) -> None:
+        self._threads = [
+            threading.Thread(target=self._run, args=(index, config, payload), name=f"tfos_magic node {index}")
+            for index in indices
+        ]
+        for thread in self._threads:
+            thread.daemon = True
+            thread.start()
+
+    def join(self, timeout_s: float) -> None:
+        """Wait until the nodes have ended."""
+        for thread in self._threads:
+            thread.join(timeout_s)
+
+    def _run(self, index: int, config: dict[str, Any], payload: bytes) -> None:
+        for _ in launch(archive.build(), config, payload, iter([index])):
+            pass  # its one summary comes when the node has ended

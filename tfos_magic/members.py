@@ -47,6 +47,22 @@ class Member:
         What its function returned, packed.
     has_ended : bool
         Its connection is closed: agent and child are gone.
+    feed_port : int or None
+        Where it takes rows.
+    open_feeds : set of str
+        The feeds that it expects.
+    rows_received, rows_consumed : int
+        Over all feeds, by its last beat.
+    is_waiting : bool
+        Whether its function waited for rows, by its last beat.
+    is_predicting : bool
+        Its function has returned what predicts, and it takes questions.
+    tensorboard_url : str or None
+        Where the TensorBoard beside it is.
+    tensorboard_problem : str
+        Why there is none although it was asked for.
+    whereabouts : str
+        What its function was doing when it was last asked.
     """
 
     def __init__(self, index: int, role: Role, emit: Callable[[Event], None]) -> None:
@@ -57,6 +73,14 @@ class Member:
         self.times: dict[str, float] = {}
         self.state = NodeState.PLANNED
         self.feed_port: int | None = None
+        self.open_feeds: set[str] = set()
+        self.whereabouts = ""
+        self.is_predicting = False
+        self.tensorboard_url: str | None = None
+        self.tensorboard_problem = ""
+        self.rows_received = 0
+        self.rows_consumed = 0
+        self.is_waiting = False
         self.result: bytes | None = None
         self.has_ended = False
         self._emit = emit
@@ -71,11 +95,16 @@ class Member:
         """Where it runs, as far as is known."""
         return str(self.info.get("host", "an unknown host"))
 
+    @property
+    def address(self) -> str:
+        """``host:port`` for TensorFlow; it must have said hello."""
+        return f"{self.info['address']}:{self.info['port']}"
+
     def describe(self) -> NodeInfo:
         """Return where it ran; it must have said hello."""
         info = self.info
-        address, python = f"{info['address']}:{info['port']}", ".".join(map(str, info["python"]))
-        return NodeInfo(self.name, self.host, address, info["child_pid"], python, dict(self.times))
+        python = ".".join(map(str, info["python"]))
+        return NodeInfo(self.name, self.host, self.address, info["child_pid"], python, dict(self.times))
 
     def greet(self, peer: Peer, hello: dict[str, Any]) -> None:
         """Take the agent's hello; a second one, from a task that Spark ran twice, is sent away."""
@@ -111,6 +140,13 @@ class Member:
             self._emit(MetricsReported(self.name, header["values"], header["step"], header["epoch"]))
         elif message.type == "feed_port":
             self.feed_port = header["port"]
+            self.open_feeds.add(header["feed"])
+        elif message.type == "predicting":
+            self.is_predicting = True
+        elif message.type == "where":
+            self.whereabouts = header["text"]
+        elif message.type == "tensorboard":
+            self.tensorboard_url, self.tensorboard_problem = header["url"], header["reason"]
         elif message.type == "result":
             self.result = message.blob
             self.change(NodeState.FINISHED)
@@ -123,6 +159,8 @@ class Member:
     def _beat(self, header: Mapping[str, Any]) -> None:
         machine = dict(header["machine"])
         gpus = tuple(GpuSample(**gpu) for gpu in machine.pop("gpus", ()))
+        self.rows_received, self.rows_consumed = header["rows_received"], header.get("rows_consumed", 0)
+        self.is_waiting = bool(header.get("is_waiting"))
         if self.state in (NodeState.RUNNING, NodeState.WAITING):
             self.change(NodeState.WAITING if header.get("is_waiting") else NodeState.RUNNING)
         self._emit(

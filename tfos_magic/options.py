@@ -6,9 +6,25 @@ Runs on: driver.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from tfos_magic import roles
 from tfos_magic.errors import UsageError
+from tfos_magic.feed.staging import QUEUE_LIMIT_BYTES
+
+if TYPE_CHECKING:
+    from tfos_magic.shipping import Payload
+
+_USES_TENSORFLOW = ("tensorflow", "keras", ".dataset(", ".distribute(", ".strategy(")
+
+
+def modules_to_preload(payload: Payload) -> tuple[str, ...]:
+    """Return what the nodes import while they meet: TensorFlow, unless nothing says that the function uses it."""
+    modules = {module.name.partition(".")[0] for module in payload.modules}
+    text = "\n".join(payload.sources.values())
+    hides_it = any(module.is_local for module in payload.modules)  # the user's own module: who knows what it imports
+    wants = modules & {"tensorflow", "keras", "tf_keras"} or any(word in text for word in _USES_TENSORFLOW)
+    return ("tensorflow",) if wants or hides_it else ()
 
 
 @dataclass(frozen=True)
@@ -26,6 +42,22 @@ class RunOptions:
         Columns; see ``ctx.dataset``.
     timeout_s : float, optional
         The whole run's limit; None for none.
+    chief_name : str
+        What the chief's job is called: ``chief``, or ``master`` as old Estimators have it.
+    queue_limit_bytes : int
+        How much may wait on a node for a function that takes rows more slowly than Spark delivers them.
+    predicts : bool
+        What the function returns then predicts, batch by batch, for as long as Spark asks.
+    is_independent : bool
+        Each node is a cluster of its own, and ends when its function has returned.
+    waits_for_all : bool
+        False, for independent nodes: they start as slots come, so there may be more of them than slots.
+    ps_on_driver : bool
+        Parameter servers run as processes of the driver's machine and take no slot.
+    tensorboard : str, optional
+        Run TensorBoard beside the chief, for this directory there; empty for its working directory.
+    release_port : bool
+        False: the node's port is bound in the function's own process too, until ``ctx.release_port()``.
     preload : tuple of str
         Modules that each node imports while the nodes meet, before it unpickles the function.
     serves_itself : bool
@@ -46,6 +78,14 @@ class RunOptions:
     seed: int | None = None
     timeout_s: float | None = None
     serves_itself: bool = True
+    chief_name: str = "chief"
+    queue_limit_bytes: int = QUEUE_LIMIT_BYTES
+    release_port: bool = True
+    predicts: bool = False
+    is_independent: bool = False
+    waits_for_all: bool = True
+    ps_on_driver: bool = False
+    tensorboard: str | None = None
     preload: tuple[str, ...] = ("tensorflow",)
     title: str = "tfos_magic"
 
@@ -59,4 +99,5 @@ class RunOptions:
 
     def roles(self) -> tuple[roles.Role, ...]:
         """Return one role per node; UsageError when there are too few nodes."""
-        return roles.assign(self.num_nodes, num_ps=self.num_ps, has_chief=self.chief, has_evaluator=self.evaluator)
+        chief = self.chief_name if self.chief else None
+        return roles.assign(self.num_nodes, num_ps=self.num_ps, chief=chief, has_evaluator=self.evaluator)

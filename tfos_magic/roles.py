@@ -27,10 +27,12 @@ class Role:
     @property
     def is_training(self) -> bool:
         """True for the nodes among which data is dealt and gradients are averaged."""
-        return self.job_name in ("chief", "worker")
+        return self.job_name not in ("ps", "evaluator")
 
 
-def assign(num_nodes: int, *, num_ps: int = 0, has_chief: bool = True, has_evaluator: bool = False) -> tuple[Role, ...]:
+def assign(
+    num_nodes: int, *, num_ps: int = 0, chief: str | None = "chief", has_evaluator: bool = False
+) -> tuple[Role, ...]:
     """Return one role per node: the chief, the workers, the parameter servers, the evaluator.
 
     Parameters
@@ -38,21 +40,28 @@ def assign(num_nodes: int, *, num_ps: int = 0, has_chief: bool = True, has_evalu
     num_nodes : int
         All of them, parameter servers and evaluator included, as in TensorFlowOnSpark.
     num_ps : int
-    has_chief, has_evaluator : bool
+    chief : str, optional
+        Its job's name; None for none, and ``worker:0`` leads.
+    has_evaluator : bool
 
     Raises
     ------
     UsageError
         No node is left to train.
     """
-    num_workers = num_nodes - num_ps - has_chief - has_evaluator
-    if num_nodes < 1 or num_ps < 0 or num_workers < 0 or num_workers + has_chief < 1:
+    num_workers = num_nodes - num_ps - bool(chief) - has_evaluator
+    if num_nodes < 1 or num_ps < 0 or num_workers < 0 or num_workers + bool(chief) < 1:
         wanted = f"{num_ps} parameter server(s)" + " and an evaluator" * has_evaluator
         raise UsageError(
             f"{num_nodes} node(s) are too few for {wanted} and at least one node that trains.",
             hint=f"--executors {num_ps + has_evaluator + 1} or more.",
         )
-    counts = (("chief", int(has_chief)), ("worker", num_workers), ("ps", num_ps), ("evaluator", int(has_evaluator)))
+    counts = (
+        (chief or "chief", int(bool(chief))),
+        ("worker", num_workers),
+        ("ps", num_ps),
+        ("evaluator", int(has_evaluator)),
+    )
     return tuple(Role(job, index) for job, count in counts for index in range(count))
 
 

@@ -235,3 +235,17 @@ def _slots_hint(context: SparkContext, needed: int, slots: int) -> str:
     if str(context.master).startswith("local"):
         return f'{fewer}a new session with more slots: spark.stop(), then .master("local[{needed}]").'
     return f"{fewer}more executors or cores: spark.executor.instances, spark.executor.cores, spark.cores.max."
+
+
+def arrow_schema(schema: Any) -> Any:
+    """Return a Spark schema as Arrow's, the way Spark itself sees it in ``mapInArrow``."""
+    from pyspark.sql.pandas.types import to_arrow_schema
+
+    return to_arrow_schema(schema)
+
+
+def spark_schema(schema: Any) -> Any:
+    """Return an Arrow schema as Spark's."""
+    from pyspark.sql.pandas.types import from_arrow_schema
+
+    return from_arrow_schema(schema)

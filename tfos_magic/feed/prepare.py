@@ -51,6 +51,30 @@ def prepare(
     return df.select(*[_travelling(df, name, types[name]) for name in choice.names])
 
 
+def vectors_as_arrays(df: DataFrame) -> DataFrame:
+    """Return `df` with ML vectors as ``array<double>``: the form in which Python sees them in Arrow."""
+    vectors = _vectors(df)
+    if not vectors:
+        return df
+    from pyspark.ml.functions import vector_to_array
+
+    return df.select(*[vector_to_array(df[f"`{n}`"]).alias(n) if n in vectors else df[f"`{n}`"] for n in df.columns])
+
+
+def vectors_restored(df: DataFrame, original: DataFrame) -> DataFrame:
+    """Return `df` with those arrays as (dense) ML vectors again that are vectors in `original`."""
+    vectors = [name for name in _vectors(original) if name in df.columns]
+    if not vectors:
+        return df
+    from pyspark.ml.functions import array_to_vector
+
+    return df.select(*[array_to_vector(df[f"`{n}`"]).alias(n) if n in vectors else df[f"`{n}`"] for n in df.columns])
+
+
+def _vectors(df: DataFrame) -> list[str]:
+    return [field.name for field in df.schema.fields if _type_name(field.dataType) == "vector"]
+
+
 def _travelling(df: DataFrame, name: str, kind: Any) -> Column:
     from pyspark.sql import functions
 

@@ -8,131 +8,82 @@ A row reaches the user exactly once, whatever Spark repeats::
     sender of (partition 7, attempt 1) ──► staged ──┤   driver: "partition 7 is attempt 1"
                                                     └─► publish(7, 1): attempt 1 becomes visible, 0 is thrown away
 
-A sender that dies in mid-stream leaves staged chunks that nobody will publish.
+A sender that dies in mid-stream leaves nothing. Inference needs no decision: each attempt is a *session* of its own,
+whose rows go to the child at once and whose results go back to that attempt and nobody else.
 """
 
 from __future__ import annotations
 
 import json
+import queue
 import socket
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 from tfos_magic.errors import FeedError, TfosError
 from tfos_magic.feed import wire
-from tfos_magic.feed.spool import ChunkRef, Spool
+from tfos_magic.feed.spool import ChunkRef
+from tfos_magic.feed.staging import (
+    ChunkReady,
+    Feed,
+    FeedEnded,
+    FeedFailed,
+    FeedNotice,
+    FeedOpened,
+    PartitionEnded,
+    SessionLost,
+    Stream,
+    Waiting,
+)
 
 _UNPROVEN_CONNECTIONS = 256  # more strangers than this at once wait in the kernel's queue
 _DRAIN_PIECE_BYTES = 256 << 10
+_LOOK_INTERVAL_S = 1.0  # how often a connection that waits for room is looked at; nobody wakes us when its sender dies
+_TCP_ESTABLISHED = 1
 
 
-@dataclass(frozen=True)
-class FeedOpened:
-    """The feed's columns are known; `fd` is the spool's and stays the receiver's."""
+class _Session:
+    """The way back to one Spark task that waits for results.
 
-    name: str
-    schema_ipc: bytes
-    fd: int
+    Its thread writes them, so that neither the agent's loop nor the thread that reads the task's rows ever waits.
+    """
 
-
-@dataclass(frozen=True)
-class ChunkReady:
-    """A published chunk."""
-
-    name: str
-    offset: int
-    length_bytes: int
-    row_count: int
-
-
-@dataclass(frozen=True)
-class FeedEnded:
-    """Every partition is published; how many rows each node was dealt."""
-
-    name: str
-    rows_per_node: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class FeedFailed:
-    """The feed will not be completed."""
-
-    name: str
-    message: str
-
-
-FeedNotice = FeedOpened | ChunkReady | FeedEnded | FeedFailed
-
-
-@dataclass
-class _Stream:
-    """What one attempt at one partition has delivered so far."""
-
-    chunks: list[ChunkRef] = field(default_factory=list)
-    is_unwanted: bool = False
+    def __init__(self, number: int, feed: Feed, connection: socket.socket) -> None:
+        self.number = number
+        self.feed = feed
+        self.rows_taken = 0
+        self.rows_answered = 0
+        self._connection = connection
+        self._waiting: queue.SimpleQueue[tuple[bytes, bytes, int] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._write, name="tfos-feed-results", daemon=True)
+        self._thread.start()
 
     @property
-    def row_count(self) -> int:
-        return sum(chunk.row_count for chunk in self.chunks)
+    def is_answered(self) -> bool:
+        """Whether nothing of this session is under way."""
+        return self.rows_taken == self.rows_answered
 
+    def give(self, results: bytes, row_count: int) -> None:
+        """Queue the results of the next `row_count` rows."""
+        self.rows_answered += row_count
+        self._waiting.put((wire.RESULTS, results, row_count))
 
-class _Feed:
-    """One feed's spool and its partitions. The receiver's lock protects it."""
-
-    def __init__(self, name: str, directory: str) -> None:
-        self.name = name
-        self.spool = Spool(directory)
-        self.columns: str | None = None
-        self.staged: dict[int, dict[int, _Stream]] = {}
-        self.winners: dict[int, int] = {}
-        self.rows_published = 0
-        self.is_over = False
-
-    @property
-    def rows_received(self) -> int:
-        return self.rows_published + sum(s.row_count for streams in self.staged.values() for s in streams.values())
-
-    def stage(self, partition: int, attempt: int) -> _Stream:
-        """Begin a stream; one that the driver has decided against already is read and thrown away."""
-        stream = _Stream(is_unwanted=self.is_over or partition in self.winners)
-        if not stream.is_unwanted:
-            replaced = self.staged.setdefault(partition, {}).get(attempt)
-            if replaced is not None:
-                self.drop(replaced)
-            self.staged[partition][attempt] = stream
-        return stream
-
-    def keep(self, stream: _Stream, chunk: ChunkRef) -> None:
-        """Add a chunk to its stream, unless the stream has been decided against while the chunk was on its way."""
-        if not stream.is_unwanted:
-            stream.chunks.append(chunk)
-        else:
-            self.spool.discard(chunk)
-
-    def drop(self, stream: _Stream) -> None:
-        stream.is_unwanted = True
-        for chunk in stream.chunks:
-            self.spool.discard(chunk)
-        stream.chunks.clear()
-
-    def take(self, partition: int, attempt: int) -> list[ChunkRef]:
-        """Decide for `attempt`: return its chunks, throw away those of the others."""
-        self.winners[partition] = attempt
-        streams = self.staged.pop(partition, {})
-        winner = streams.pop(attempt, _Stream())
-        for loser in streams.values():
-            self.drop(loser)
-        self.rows_published += winner.row_count
-        return winner.chunks
+    def refuse(self, message: str) -> None:
+        """Say why no further result will come."""
+        self._waiting.put((wire.REFUSED, message.encode(), 0))
 
     def close(self) -> None:
-        self.is_over = True
-        for streams in self.staged.values():
-            for stream in streams.values():
-                stream.is_unwanted = True
-        self.spool.close()
+        """End the thread once it has written what is queued."""
+        self._waiting.put(None)
+        self._thread.join()
+
+    def _write(self) -> None:
+        while (item := self._waiting.get()) is not None:
+            try:
+                wire.send_frame(self._connection, *item)
+            except OSError:  # the task is gone; whoever reads from it notices
+                return
 
 
 class FeedReceiver:
@@ -162,7 +113,11 @@ class FeedReceiver:
         self._directory = directory
         self._notify = notify
         self._lock = threading.RLock()
-        self._feeds: dict[str, _Feed] = {}
+        self._room_made = threading.Condition(self._lock)
+        self._feeds: dict[str, Feed] = {}
+        self._sessions: dict[int, _Session] = {}
+        self._session_count = 0
+        self._rows_of_dropped = 0
         self._connections: dict[socket.socket, threading.Thread] = {}
         self._strangers = threading.BoundedSemaphore(_UNPROVEN_CONNECTIONS)
         self._is_closed = False
@@ -173,14 +128,47 @@ class FeedReceiver:
         self._acceptor = threading.Thread(target=self._accept_all, name="tfos-feed-accept", daemon=True)
         self._acceptor.start()
 
-    def rows_received(self, name: str) -> int:
-        """Return how many rows of feed `name` have arrived, published or still staged; 0 if there is none such.
+    @property
+    def rows_received(self) -> int:
+        """Rows of all feeds, published or still staged; goes down when an attempt is thrown away."""
+        with self._lock:
+            return self._rows_of_dropped + sum(feed.rows_received for feed in self._feeds.values())
 
-        It can go down, when an attempt is thrown away.
+    def add_queue(self, name: str, limit_bytes: int) -> None:
+        """Expect a feed that passes once, of which at most `limit_bytes` may wait here for the child.
+
+        Parameters
+        ----------
+        name : str
+            Of one delivery.
+        limit_bytes : int
         """
         with self._lock:
-            feed = self._feeds.get(name)
-            return feed.rows_received if feed else 0
+            self._feeds.setdefault(name, Feed(name, self._directory, limit_bytes))
+
+    def release(self, name: str, offset: int, length_bytes: int) -> None:
+        """Take note that the child has taken a chunk of a queue out of the spool."""
+        with self._room_made:
+            if name in self._feeds:
+                self._feeds[name].release(ChunkRef(offset, length_bytes, 0))
+                self._room_made.notify_all()
+
+    def drop(self, name: str) -> None:
+        """Forget a feed whose last row has been consumed, and give its disk space back."""
+        with self._room_made:
+            feed = self._feeds.pop(name, None)
+            if feed is not None:
+                self._rows_of_dropped += feed.rows_received
+                feed.finish()
+                feed.close()
+                self._room_made.notify_all()
+
+    def answer(self, session: int, results: bytes, row_count: int) -> None:
+        """Send results to the Spark task that waits for them; harmless when it is gone."""
+        with self._lock:
+            if session in self._sessions:
+                self._sessions[session].give(results, row_count)
+                self._room_made.notify_all()
 
     def publish(self, name: str, partition: int, attempt: int, row_count: int | None = None) -> None:
         """Make the chunks of one attempt visible, in the order they came, and throw away the partition's others.
@@ -207,6 +195,9 @@ class FeedReceiver:
                 return
             for chunk in chunks:
                 self._notify(ChunkReady(name, chunk.offset, chunk.length_bytes, chunk.row_count))
+            if feed.limit_bytes is not None and chunks:
+                self._notify(PartitionEnded(name))
+            self._room_made.notify_all()
 
     def end(self, name: str, rows_per_node: Sequence[int]) -> None:
         """Say that every partition has been published."""
@@ -218,9 +209,10 @@ class FeedReceiver:
 
     def close(self) -> None:
         """Drop every connection, end every thread, let go of the spools. Takes milliseconds. Idempotent."""
-        with self._lock:
+        with self._room_made:
             self._is_closed = True
             connections = dict(self._connections)
+            self._room_made.notify_all()
         _hang_up(self._listener)
         for connection in connections:
             _hang_up(connection)
@@ -232,12 +224,22 @@ class FeedReceiver:
             for feed in self._feeds.values():
                 feed.close()
 
+    def stop(self, name: str, reason: str) -> None:
+        """Take no further row of a queue, and tell the tasks that wait for results why; the child knows already."""
+        with self._room_made:
+            if name in self._feeds:
+                self._feeds[name].finish()
+                for session in self._sessions.values():
+                    if session.feed is self._feeds[name]:
+                        session.refuse(reason)
+                self._room_made.notify_all()
+
     # --- the driver's decisions ---------------------------------------------------------------------------
 
-    def _feed(self, name: str) -> _Feed:
+    def _feed(self, name: str) -> Feed:
         feed = self._feeds.get(name)
         if feed is None:
-            feed = self._feeds[name] = _Feed(name, self._directory)
+            feed = self._feeds[name] = Feed(name, self._directory)
         return feed
 
     def _finish(self, name: str, notice: FeedNotice) -> None:
@@ -245,12 +247,9 @@ class FeedReceiver:
             feed = self._feed(name)
             if feed.is_over:
                 return
-            feed.is_over = True
-            for streams in feed.staged.values():
-                for stream in streams.values():
-                    feed.drop(stream)
-            feed.staged.clear()
+            feed.finish()
             self._notify(notice)
+            self._room_made.notify_all()
 
     # --- connections --------------------------------------------------------------------------------------
 
@@ -289,7 +288,12 @@ class FeedReceiver:
 
     def _receive(self, connection: socket.socket) -> None:
         try:
-            row_count = self._receive_stream(connection)
+            opening = json.loads(wire.receive_payload(connection, _expect(connection, wire.OPEN)))
+            schema_ipc = wire.receive_payload(connection, _expect(connection, wire.SCHEMA))
+            if opening.get("wants_results"):
+                self._serve_session(connection, opening, schema_ipc)
+                return
+            row_count = self._receive_stream(connection, opening, schema_ipc)
         except wire.ConnectionEndedError:
             raise
         except (TfosError, OSError, ValueError, KeyError) as error:
@@ -298,20 +302,7 @@ class FeedReceiver:
         else:
             wire.send_frame(connection, wire.ACCEPTED, row_count=row_count)
 
-    def _receive_stream(self, connection: socket.socket) -> int:
-        """Stage one attempt; return the rows that came. Rows of an unwanted attempt are counted and dropped."""
-        opening = json.loads(wire.receive_payload(connection, _expect(connection, wire.OPEN)))
-        schema_ipc = wire.receive_payload(connection, _expect(connection, wire.SCHEMA))
-        feed, stream = self._open(opening, schema_ipc)
-        row_count = 0
-        while (header := wire.receive_header(connection)).kind == wire.CHUNK:
-            self._receive_chunk(connection, header, feed, stream)
-            row_count += header.row_count
-        if header.kind != wire.END or header.row_count != row_count:
-            raise FeedError(f"A sender announced {header.row_count} rows, {row_count} arrived.")
-        return row_count
-
-    def _open(self, opening: dict[str, object], schema_ipc: bytes) -> tuple[_Feed, _Stream]:
+    def _open(self, opening: dict[str, object], schema_ipc: bytes) -> Feed:
         name, columns = str(opening["name"]), str(opening["columns"])
         with self._lock:
             if self._is_closed:
@@ -322,17 +313,103 @@ class FeedReceiver:
                 self._notify(FeedOpened(name, schema_ipc, feed.spool.fd))
             elif feed.columns != columns:
                 raise FeedError(f"Feed '{name}' has the columns ({feed.columns}); a partition brings ({columns}).")
-            return feed, feed.stage(int(str(opening["partition"])), int(str(opening["attempt"])))
+            return feed
 
-    def _receive_chunk(self, connection: socket.socket, header: wire.Header, feed: _Feed, stream: _Stream) -> None:
+    # --- rows that count once -----------------------------------------------------------------------------
+
+    def _receive_stream(self, connection: socket.socket, opening: dict[str, object], schema_ipc: bytes) -> int:
+        """Stage one attempt; return the rows that came. Rows of an unwanted attempt are counted and dropped."""
+        with self._lock:
+            feed = self._open(opening, schema_ipc)
+            stream = feed.stage(int(str(opening["partition"])), int(str(opening["attempt"])))
+        row_count = 0
+        try:
+            while (header := wire.receive_header(connection)).kind == wire.CHUNK:
+                self._receive_chunk(connection, header, feed, stream)
+                row_count += header.row_count
+            if header.kind != wire.END or header.row_count != row_count:
+                raise FeedError(f"A sender announced {header.row_count} rows, {row_count} arrived.")
+        except BaseException:
+            with self._room_made:
+                feed.hang_up(stream)
+                self._room_made.notify_all()
+            raise
+        with self._room_made:
+            stream.is_complete = True
+            self._room_made.notify_all()
+        return row_count
+
+    def _receive_chunk(self, connection: socket.socket, header: wire.Header, feed: Feed, stream: Stream) -> None:
+        self._wait_for_room(connection, lambda: feed.has_room(stream, header.length_bytes, self._waiting()))
         if stream.is_unwanted:
             _skip(connection, header.length_bytes)
             return
-        chunk = feed.spool.append_from(
-            lambda piece: wire.receive_into(connection, piece), header.length_bytes, header.row_count
-        )
+        chunk = _spooled(connection, header, feed)
         with self._lock:
             feed.keep(stream, chunk)
+
+    def _waiting(self) -> Waiting:
+        queues = [feed for feed in self._feeds.values() if feed.limit_bytes is not None]
+        return Waiting(sum(feed.staged_bytes for feed in queues), sum(feed.published_bytes for feed in queues))
+
+    def _wait_for_room(self, connection: socket.socket, has_room: Callable[[], bool]) -> None:
+        """Stop reading while the child is slower than Spark: the sender then waits too, for as long as it takes."""
+        with self._room_made:
+            while not has_room():
+                if self._is_closed or _has_hung_up(connection):
+                    raise wire.ConnectionEndedError("The sender of waiting rows went away.")
+                self._room_made.wait(_LOOK_INTERVAL_S)
+
+    # --- rows that ask for results ------------------------------------------------------------------------
+
+    def _serve_session(self, connection: socket.socket, opening: dict[str, object], schema_ipc: bytes) -> None:
+        feed = self._open(opening, schema_ipc)
+        with self._session(connection, feed) as session:
+            try:
+                while (header := wire.receive_header(connection)).kind == wire.CHUNK:
+                    self._receive_question(connection, header, feed, session)
+            except wire.ConnectionEndedError:
+                return
+            with self._lock:
+                self._notify(PartitionEnded(feed.name, session.number))
+            while connection.recv(_DRAIN_PIECE_BYTES):  # until the task hangs up: it has its results, or is gone
+                pass
+
+    def _receive_question(self, connection: socket.socket, header: wire.Header, feed: Feed, session: _Session) -> None:
+        limit = feed.limit_bytes or 0
+        self._wait_for_room(
+            connection,
+            lambda: self._waiting().published_bytes + header.length_bytes <= limit or session.is_answered,
+        )
+        chunk = _spooled(connection, header, feed)
+        with self._lock:
+            if feed.is_over:
+                raise FeedError("The node takes no more rows: its function has ended the feed.")
+            session.rows_taken += chunk.row_count
+            feed.publish(chunk)
+            self._notify(ChunkReady(feed.name, chunk.offset, chunk.length_bytes, chunk.row_count, session.number))
+
+    @contextmanager
+    def _session(self, connection: socket.socket, feed: Feed) -> Iterator[_Session]:
+        with self._lock:
+            self._session_count += 1
+            session = self._sessions[self._session_count] = _Session(self._session_count, feed, connection)
+        try:
+            yield session
+        except FeedError as error:
+            session.refuse(str(error))
+        finally:
+            with self._lock:
+                del self._sessions[session.number]
+                if not session.is_answered:
+                    self._notify(SessionLost(feed.name, session.number))
+            session.close()
+
+
+def _spooled(connection: socket.socket, header: wire.Header, feed: Feed) -> ChunkRef:
+    return feed.spool.append_from(
+        lambda piece: wire.receive_into(connection, piece), header.length_bytes, header.row_count
+    )
 
 
 def _expect(connection: socket.socket, kind: bytes) -> wire.Header:
@@ -355,6 +432,12 @@ def _drain(connection: socket.socket) -> None:
     connection.settimeout(wire.HANDSHAKE_TIMEOUT_S)
     while connection.recv(_DRAIN_PIECE_BYTES):
         pass
+
+
+def _has_hung_up(connection: socket.socket) -> bool:
+    """Return whether the peer is gone, without taking anything of what it has sent; a half-closed one counts."""
+    state = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+    return state != _TCP_ESTABLISHED
 
 
 def _hang_up(connection: socket.socket) -> None:

@@ -19,9 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 from tfos_magic.errors import FeedError, UsageError
 from tfos_magic.feed.spool import ChunkRef
+from tfos_magic.feed.stream import StreamSource
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+    from tfos_magic.feed.readers import Reader
 
 _COPIED_BYTES = 64 << 10  # smaller chunks are read, not mapped: a mapping costs more than the copy
 
@@ -259,43 +262,76 @@ class FeedSource:
 
 
 class Feeds:
-    """The feeds of one node, by name; what the agent's channel and ``ctx`` share.
+    """The feeds and queues of one node, by name; what the agent's channel and ``ctx`` share.
 
     Parameters
     ----------
     names : sequence of str
-        The feeds that this run has.
+        The cached feeds that this run has.
     node_index : int
         This node's place in each feed's ``rows_per_node``.
     epochs : int
-        How often ``DataFeed`` repeats the rows.
+        How often ``DataFeed`` repeats the rows of a cached feed.
+    queues : sequence of StreamSource
+        What rows pass through once.
     """
 
-    def __init__(self, names: Sequence[str], node_index: int, epochs: int = 1) -> None:
+    def __init__(
+        self, names: Sequence[str], node_index: int, epochs: int = 1, queues: Sequence[StreamSource] = ()
+    ) -> None:
         self.epochs = epochs
         self._sources = {name: FeedSource(name, node_index) for name in names}
+        self._queues = {queue.name: queue for queue in queues}
+        self._deliveries: dict[str, StreamSource] = {}
 
     def get(self, name: str) -> FeedSource:
-        """Return a feed; ``input``, TensorFlowOnSpark's name for it, means ``train``.
+        """Return a cached feed; ``input``, TensorFlowOnSpark's name for it, means ``train``.
 
         Raises
         ------
         UsageError
             If the run has no such feed.
         """
+        if name in self._queues:
+            raise UsageError(
+                f"'{name}' is a queue, whose rows pass once: ctx.dataset() cannot repeat them.",
+                hint="Read it with ctx.get_data_feed(), or give the run its data at the start: --data df.",
+            )
         source = self._sources.get("train" if name == "input" and "input" not in self._sources else name)
         if source is None:
-            close = difflib.get_close_matches(name, self._sources, n=1)
+            names = [*self._sources, *self._queues]
+            close = difflib.get_close_matches(name, names, n=1)
             raise UsageError(
-                f"This run has no feed '{name}'; it has {', '.join(self._sources) or 'none'}.",
+                f"This run has no feed '{name}'; it has {', '.join(names) or 'none'}.",
                 hint=f"Did you mean '{close[0]}'?"
                 if close
                 else "Give the run its data: %%tfos_train --data df --validation test_df.",
             )
         return source
 
-    def __iter__(self) -> Iterator[FeedSource]:
-        return iter(self._sources.values())
+    def reader(self, name: str) -> Reader:
+        """Return what ``DataFeed`` reads: a queue, or a cached feed's rows over all epochs."""
+        if name in self._queues:
+            return self._queues[name]
+        from tfos_magic.feed.readers import CachedReader
+
+        return CachedReader(self.get(name), self.epochs)
+
+    def queue(self, name: str) -> StreamSource:
+        """Return a queue that the run has."""
+        return self._queues[name]
+
+    def announce(self, delivery: str, queue: str) -> None:
+        """Expect a feed into a queue."""
+        self._deliveries[delivery] = self._queues[queue]
+        self._queues[queue].announce(delivery)
+
+    def queue_of(self, feed: str) -> StreamSource | None:
+        """Return the queue into which a feed goes; None for a cached one."""
+        return self._deliveries.get(feed)
+
+    def __iter__(self) -> Iterator[FeedSource | StreamSource]:
+        return iter([*self._sources.values(), *self._queues.values()])
 
     @property
     def rows_consumed(self) -> int:

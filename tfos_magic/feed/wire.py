@@ -26,6 +26,7 @@ import os
 import socket
 import struct
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tfos_magic.errors import FeedError
@@ -34,10 +35,10 @@ HANDSHAKE_TIMEOUT_S = 10.0
 """A peer that has not proved itself after this long is dropped."""
 
 OPEN, SCHEMA, CHUNK, END = b"O", b"S", b"C", b"E"
-ACCEPTED, REFUSED = b"A", b"X"
+ACCEPTED, REFUSED, RESULTS = b"A", b"X", b"R"
 
 SMALL_FRAME_BYTES = 16 << 20
-"""Largest payload of a frame that is kept in memory: everything but chunks."""
+"""Largest payload of a frame that is kept in memory: everything but chunks and results."""
 
 _MAGIC = b"tfos-feed-1\n"
 _NONCE_BYTES = 32
@@ -93,6 +94,30 @@ def send_frame(connection: socket.socket, kind: bytes, payload: memoryview | byt
         return
     connection.sendall(header, socket.MSG_MORE)  # no packet of its own for 17 bytes
     connection.sendall(payload)
+
+
+def frame(kind: bytes, payload: memoryview | bytes, row_count: int) -> bytes:
+    """Return one frame as bytes, for a connection that must not block."""
+    return b"".join((_HEADER.pack(kind, len(payload), row_count), payload))
+
+
+class FrameReader:
+    """Frames out of bytes that come as they like, for a connection that must not block."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[tuple[Header, bytes]]:
+        """Take bytes in; yield the frames that are now complete."""
+        self._buffer += data
+        while len(self._buffer) >= _HEADER.size:
+            header = Header(*_HEADER.unpack_from(self._buffer))
+            end = _HEADER.size + header.length_bytes
+            if len(self._buffer) < end:
+                return
+            payload = bytes(memoryview(self._buffer)[_HEADER.size : end])
+            del self._buffer[:end]
+            yield header, payload
 
 
 def receive_header(connection: socket.socket) -> Header:

@@ -38,8 +38,10 @@ from tfos_magic.node.processes import become_subreaper, kill_descendants
 if TYPE_CHECKING:
     import asyncio
 
-    from tfos_magic.feed.receiver import FeedNotice, FeedReceiver
+    from tfos_magic.feed.receiver import FeedReceiver
+    from tfos_magic.feed.staging import FeedNotice
     from tfos_magic.machine import MachineSampler
+    from tfos_magic.node.tensorboard import TensorBoard
     from tfos_magic.rendezvous import Connection, Message
 
 BEAT_INTERVAL_S = 0.5
@@ -113,6 +115,7 @@ class Child:
             theirs.close()
             os.close(theirs_output)
         self.output = output
+        self.scratch = scratch
         self.started_at = time.time()
 
     def kill(self) -> None:
@@ -145,8 +148,9 @@ class Agent:
         self._has_answered = False  # the child sent its result or its failure
         self._is_stopping = False
         self._receiver: FeedReceiver | None = None
-        self._feeds: set[str] = set()
+        self._queue_feeds: dict[str, list[str]] = {}
         self._sampler: MachineSampler | None = None
+        self._tensorboard: TensorBoard | None = None
         self._host: str = connection.socket.getsockname()[0]
         # Held with SO_REUSEPORT and never listened on: TensorFlow binds the same port, and nobody else gets it.
         self._port = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
@@ -178,7 +182,7 @@ class Agent:
         The connection stays open until the kernel closes it with the process: to the driver a closed connection means
         that nothing of this node is left, so nothing may be.
         """
-        for resource in (self._receiver, self._sampler, self._port):
+        for resource in (self._receiver, self._sampler, self._tensorboard, self._port):
             if resource is not None:
                 with contextlib.suppress(OSError):
                     resource.close()
@@ -221,6 +225,8 @@ class Agent:
             os.close(note.descriptor)
         if note.type == "counters":
             self._counters = dict(note.header)
+        elif note.type in ("released", "results"):
+            self._for_receiver(note.header, blob)
         elif note.type == "failure":
             self._has_answered = True
             self._flush_output()
@@ -231,7 +237,17 @@ class Agent:
                 self._has_answered = True
                 self._flush_output()
                 self._send_beat()
+            if note.type == "drained" and self._receiver is not None:
+                self._receiver.drop(note.header["feed"])
             self._connection.send(note.header, blob)
+
+    def _for_receiver(self, header: Mapping[str, Any], blob: bytes) -> None:
+        if self._receiver is None:
+            return
+        if header["type"] == "released":
+            self._receiver.release(header["feed"], *header["chunk"])
+        else:
+            self._receiver.answer(header["session"], blob, header["rows"])
 
     def _from_output(self) -> None:
         data = self._read_output()
@@ -267,10 +283,28 @@ class Agent:
         self._lines.feed(b"")
         self._send_lines()
 
+    def _from_tensorboard(self) -> None:
+        board = self._tensorboard
+        if board is None:
+            return
+        knew_it = board.url is not None
+        if not board.read():
+            self._loop.remove_reader(board.output)
+            if not knew_it:
+                self._send("tensorboard", url=None, reason=board.why_not())
+        elif board.url is not None and not knew_it:
+            self._send("tensorboard", url=board.url, reason="")
+
     # --- what the driver says -----------------------------------------------------------------------------
 
     def _on_start(self, message: Message) -> None:
         self._to_child(message.header)
+        directory = message.header["tensorboard"]
+        if directory is not None:
+            from tfos_magic.node.tensorboard import TensorBoard
+
+            self._tensorboard = TensorBoard(directory, self._host, self._child.scratch)
+            self._loop.add_reader(self._tensorboard.output, self._guarded, self._from_tensorboard)
 
     def _on_open_feed(self, message: Message) -> None:
         if self._receiver is None:
@@ -282,8 +316,12 @@ class Agent:
                 scratch_directory(),
                 self._notice_from_thread,
             )
-        self._feeds.add(message.header["feed"])
-        self._send("feed_port", port=self._receiver.port)
+        feed, queue = message.header["feed"], message.header.get("queue")
+        if queue is not None:
+            self._receiver.add_queue(feed, message.header["limit_bytes"])
+            self._queue_feeds.setdefault(queue, []).append(feed)
+            self._to_child({"type": "feed_announced", "feed": feed, "queue": queue})
+        self._send("feed_port", feed=feed, port=self._receiver.port)
 
     def _on_publish(self, message: Message) -> None:
         if self._receiver is not None:
@@ -297,6 +335,18 @@ class Agent:
     def _on_feed_fail(self, message: Message) -> None:
         if self._receiver is not None:
             self._receiver.fail(message.header["feed"], message.header["message"])
+
+    def _on_queue_finish(self, message: Message) -> None:
+        self._to_child(message.header)
+
+    def _on_queue_stop(self, message: Message) -> None:
+        for feed in self._queue_feeds.get(message.header["queue"], ()):
+            if self._receiver is not None:
+                self._receiver.stop(feed, message.header["reason"])
+        self._to_child(message.header)
+
+    def _on_where(self, message: Message) -> None:
+        self._to_child(message.header)
 
     def _on_stop(self, message: Message) -> None:
         """End the child: kindly when it has answered, else by SIGTERM; by force after the grace."""
@@ -362,7 +412,7 @@ class Agent:
 
             self._sampler = MachineSampler(self._child.process.pid, self._config["gpus"])
         counters = {name: value for name, value in self._counters.items() if name != "type"}
-        received = sum(self._receiver.rows_received(name) for name in self._feeds) if self._receiver is not None else 0
+        received = self._receiver.rows_received if self._receiver is not None else 0
         self._send("beat", **counters, rows_received=received, machine=asdict(self._sampler.sample()))
         self._send_lines()
 
@@ -375,18 +425,23 @@ class Agent:
         self._loop.call_soon_threadsafe(self._guarded, lambda: self._feed_notice(notice))
 
     def _feed_notice(self, notice: FeedNotice) -> None:
-        from tfos_magic.feed import receiver
+        from tfos_magic.feed import staging
 
-        if isinstance(notice, receiver.FeedOpened):
+        feed = notice.name
+        if isinstance(notice, staging.FeedOpened):
             schema = notice.schema_ipc.hex()
-            self._to_child({"type": "feed_opened", "feed": notice.name, "schema": schema}, notice.fd)
-        elif isinstance(notice, receiver.ChunkReady):
+            self._to_child({"type": "feed_opened", "feed": feed, "schema": schema}, notice.fd)
+        elif isinstance(notice, staging.ChunkReady):
             chunk = [notice.offset, notice.length_bytes, notice.row_count]
-            self._to_child({"type": "chunk", "feed": notice.name, "chunk": chunk})
-        elif isinstance(notice, receiver.FeedEnded):
-            self._to_child({"type": "feed_ended", "feed": notice.name, "rows_per_node": notice.rows_per_node})
-        elif isinstance(notice, receiver.FeedFailed):
-            self._to_child({"type": "feed_failed", "feed": notice.name, "message": notice.message})
+            self._to_child({"type": "chunk", "feed": feed, "chunk": chunk, "session": notice.session})
+        elif isinstance(notice, staging.PartitionEnded):
+            self._to_child({"type": "partition_ended", "feed": feed, "session": notice.session})
+        elif isinstance(notice, staging.SessionLost):
+            self._to_child({"type": "session_lost", "feed": feed, "session": notice.session})
+        elif isinstance(notice, staging.FeedEnded):
+            self._to_child({"type": "feed_ended", "feed": feed, "rows_per_node": notice.rows_per_node})
+        elif isinstance(notice, staging.FeedFailed):
+            self._to_child({"type": "feed_failed", "feed": feed, "message": notice.message})
 
 
 def scratch_directory() -> str:

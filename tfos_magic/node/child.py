@@ -15,7 +15,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from tfos_magic.node import channel
@@ -69,6 +69,8 @@ def _live(config: dict[str, Any], payload_fd: int, link: Link) -> None:
         context = NodeContext(config, start, args, link)
         link.send("state", state="RUNNING", times={**times, "running": time.time()})
         value = _call(function, args, context)
+        if start["predicts"]:
+            value = _predict(value, start["data_options"], link)
         training.warn_if_forgotten(context)
         blob = _packed(value, context)
         link.send_counters()
@@ -79,6 +81,15 @@ def _live(config: dict[str, Any], payload_fd: int, link: Link) -> None:
     link.send_blob("result", blob)
     if training.is_serving():
         link.send("state", state="RUNNING")  # the function is over, the server is not
+
+
+def _predict(predictor: Any, options: Mapping[str, Any], link: Link) -> int:
+    """Answer Spark's questions with what the function returned; return how many."""
+    from tfos_magic.node import inference
+
+    inference.as_function(predictor, options["features"])  # refuses what is none before anybody asks
+    link.send("predicting")
+    return inference.serve(predictor, link.feeds.queue("input"), options["batch_size"], options["features"])
 
 
 def _packed(value: Any, context: NodeContext) -> bytes:
@@ -105,6 +116,8 @@ def _with_feed_error(error: BaseException, feeds: Feeds) -> BaseException:
 def _call(function: Callable[..., Any], args: Any, context: NodeContext) -> Any:
     from tfos_magic import training
 
+    if isinstance(args, list):  # as TensorFlowOnSpark: for functions that parse the command line
+        sys.argv = [str(word) for word in args]
     try:
         return training.serve(context) if context.is_server else function(args, context)
     except SystemExit as stop:

@@ -8,16 +8,18 @@ from __future__ import annotations
 import logging
 import numbers
 import os
+import socket
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from tfos_magic import TFNode
 from tfos_magic.errors import UsageError
+from tfos_magic.node.manager import Manager
 
 if TYPE_CHECKING:
     import tensorflow as tf
 
     from tfos_magic.feed.datafeed import DataFeed
-    from tfos_magic.feed.source import Feeds, FeedSource
     from tfos_magic.node.link import Link
 
 _NOT_TRAINING = frozenset({"ps", "evaluator"})
@@ -30,28 +32,6 @@ class Secret(bytes):
         return "<secret>"
 
     __str__ = __repr__
-
-
-class Manager:
-    """``ctx.mgr``: what TensorFlowOnSpark's ``DataFeed`` talks to."""
-
-    def __init__(self, feeds: Feeds) -> None:
-        self._feeds = feeds
-        self.epochs = feeds.epochs
-
-    def get(self, name: str) -> FeedSource:
-        """Return a feed by name; ``input`` means ``train``."""
-        return self._feeds.get(name)
-
-    def put_results(self, name: str, results: Sequence[Any]) -> None:
-        """Refuse: a training run has nowhere to put results of inference."""
-        raise UsageError(
-            f"This run trains; it takes no results for queue {name!r} ({len(results)} were given).",
-            hint="Return them: the function's value of each node is in the result.",
-        )
-
-    def terminate(self, name: str) -> None:
-        """Do nothing: the rows are in this node's cache, and who does not read them costs nobody anything."""
 
 
 class NodeContext:
@@ -79,6 +59,10 @@ class NodeContext:
         0, and one more after each restart.
     working_dir, defaultFS : str
         Where relative paths point to, and Hadoop's default file system.
+    mgr : Manager
+        This node's queues; see :mod:`tfos_magic.node.manager`.
+    tmp_socket : socket.socket or None
+        What keeps this node's port free, only where the run was started with ``release_port=False``.
     log : logging.Logger
         Its lines appear on the board and in the result.
     """
@@ -90,7 +74,7 @@ class NodeContext:
         self.task_index: int = start["task_index"]
         self.cluster_spec: dict[str, list[str]] = dict(start["cluster_spec"])
         self.num_nodes: int = sum(len(tasks) for job, tasks in self.cluster_spec.items() if job not in _NOT_TRAINING)
-        self.num_workers: int = self.num_nodes
+        self.num_workers: int = start["num_workers"]
         self.is_chief: bool = start["is_chief"]
         self.is_server: bool = start["is_server"]
         self.is_coordinator: bool = start["is_coordinator"]
@@ -104,6 +88,7 @@ class NodeContext:
         self.secret = Secret(bytes.fromhex(config["node_secret"]))
         self._data_options: Mapping[str, Any] = start["data_options"]
         self._link = link
+        self.tmp_socket = self._hold_port() if start.get("release_port") is False else None
 
     def __repr__(self) -> str:
         return f"<NodeContext {self.job_name}:{self.task_index}, {self.num_nodes} training nodes>"
@@ -211,15 +196,35 @@ class NodeContext:
         self._link.send("metrics", step=None, epoch=epoch, values=_numbers(logs))
 
     def absolute_path(self, path: str) -> str:
-        """Return `path` with its file system: as it is when it names one, else under the default or working dir."""
-        if "://" in path or path.startswith("file:"):
-            return path
-        if self.defaultFS.startswith("file:"):
-            return "file://" + os.path.join(self.working_dir, path)
-        return f"{self.defaultFS.rstrip('/')}{path if path.startswith('/') else '/user/' + _user() + '/' + path}"
+        """Return `path` with its file system; see :func:`tfos_magic.TFNode.hdfs_path`."""
+        return TFNode.hdfs_path(self, path)
+
+    def start_cluster_server(
+        self, num_gpus: int = 1, rdma: bool = False
+    ) -> tuple[tf.train.ClusterSpec, tf.compat.v1.train.Server]:
+        """Start TensorFlow 1's server for this node; see :func:`tfos_magic.TFNode.start_cluster_server`."""
+        return TFNode.start_cluster_server(self, num_gpus, rdma)
+
+    def export_saved_model(
+        self, sess: tf.compat.v1.Session, export_dir: str, tag_set: str, signatures: Mapping[str, Mapping[str, Any]]
+    ) -> None:
+        """Write a TensorFlow 1 session as a SavedModel; see :func:`tfos_magic.TFNode.export_saved_model`."""
+        TFNode.export_saved_model(sess, export_dir, tag_set, signatures)
 
     def release_port(self) -> None:
-        """Do nothing: the node's port is shared with TensorFlow from the start and need not be released."""
+        """Close :attr:`tmp_socket`; see :func:`tfos_magic.TFNode.release_port`."""
+        TFNode.release_port(self)
+
+    def _hold_port(self) -> socket.socket | None:
+        """Bind this node's port as the agent does: shared with TensorFlow, and never listened on."""
+        tasks = self.cluster_spec.get(self.job_name, ())
+        if self.task_index >= len(tasks):  # the evaluator, which is no part of the cluster
+            return None
+        host, _, port = tasks[self.task_index].rpartition(":")
+        holder = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        holder.bind((host, int(port)))
+        return holder
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
@@ -242,9 +247,3 @@ def _logger(name: str) -> logging.Logger:
         log.setLevel(logging.INFO)
         log.propagate = False
     return log
-
-
-def _user() -> str:
-    import getpass
-
-    return getpass.getuser()

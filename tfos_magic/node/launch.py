@@ -76,14 +76,14 @@ def launch(archive: bytes, config: dict[str, Any], payload: bytes, indices: Iter
 def _surroundings(index: int) -> dict[str, Any]:
     from pyspark import TaskContext
 
-    context = TaskContext.get()
+    context = TaskContext.get()  # none for a node on the driver's machine
     resources = context.resources() if context is not None else {}
     gpus = resources["gpu"].addresses if "gpu" in resources else None
     return {
         "index": index,
         "sys_path": [entry for entry in sys.path if not entry.startswith("/proc/self/fd/")],
         "gpus": gpus,
-        "executor_jvm": _jvm_pid(),
+        "executor_jvm": _jvm_pid() if context is not None else os.getpid(),  # whose end is the node's too
     }
 
 

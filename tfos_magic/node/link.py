@@ -11,10 +11,13 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Mapping
+import traceback
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from tfos_magic.feed.source import Feeds  # here, not when first needed: see Link
+from tfos_magic.feed.spool import ChunkRef
+from tfos_magic.feed.stream import StreamSource
 from tfos_magic.node import channel
 
 if TYPE_CHECKING:
@@ -46,12 +49,12 @@ class Link:
         with self._send_lock:
             channel.send(self._socket, {"type": message_type, **fields})
 
-    def send_blob(self, message_type: str, data: bytes) -> None:
+    def send_blob(self, message_type: str, data: bytes, /, **fields: Any) -> None:
         """Send a message of any size."""
         descriptor = channel.memory_file(data)
         try:
             with self._send_lock:
-                channel.send(self._socket, {"type": message_type}, descriptor)
+                channel.send(self._socket, {"type": message_type, **fields}, descriptor)
         finally:
             os.close(descriptor)
 
@@ -84,28 +87,90 @@ class Link:
                 self._take(channel.receive(self._socket))
         except EOFError:
             os._exit(1)  # the agent is gone: so are we
+        except Exception as error:  # a fault of ours; a node that hears nothing any more must not seem to wait
+            self.fail("agent", error)
 
     def _take(self, note: channel.Note) -> None:
-        header = note.header
-        if note.type == "start":
-            self._start = header
-            self.feeds = Feeds(header["feeds"], header["feed_index"], header["data_options"]["epochs"])
-            self._started.set()
-        elif note.type == "exit":
-            self._exit.set()
-        elif note.type == "feed_opened":
-            if note.descriptor is None:
-                raise EOFError("a feed was opened without its spool")
-            self.feeds.get(header["feed"]).open(bytes.fromhex(header["schema"]), note.descriptor)
-        elif note.type == "chunk":
-            self.feeds.get(header["feed"]).add(*header["chunk"])
-        elif note.type == "feed_ended":
-            self.feeds.get(header["feed"]).end(list(header["rows_per_node"]))
-        elif note.type == "feed_failed":
-            self.feeds.get(header["feed"]).fail(header["message"])
+        handler: Callable[[channel.Note], None] | None = getattr(self, f"_on_{note.type}", None)
+        if handler is not None:
+            handler(note)
+
+    def _on_start(self, note: channel.Note) -> None:
+        self._start = start = note.header
+        index = start["feed_index"]
+        queues = [StreamSource(name, index, self) for name in start["queues"]]
+        self.feeds = Feeds(start["feeds"], index, start["data_options"]["epochs"], queues)
+        self._started.set()
+
+    def _on_exit(self, note: channel.Note) -> None:
+        self._exit.set()
+
+    def _on_where(self, note: channel.Note) -> None:
+        self.send("where", text=_whereabouts())
+
+    # --- feeds and queues ---
+
+    def _on_feed_announced(self, note: channel.Note) -> None:
+        self.feeds.announce(note.header["feed"], note.header["queue"])
+
+    def _on_feed_opened(self, note: channel.Note) -> None:
+        if note.descriptor is None:
+            raise EOFError("a feed was opened without its spool")
+        feed, schema = note.header["feed"], bytes.fromhex(note.header["schema"])
+        queue = self.feeds.queue_of(feed)
+        if queue is not None:
+            queue.open(feed, schema, note.descriptor)
+        else:
+            self.feeds.get(feed).open(schema, note.descriptor)
+
+    def _on_chunk(self, note: channel.Note) -> None:
+        feed, chunk = note.header["feed"], note.header["chunk"]
+        queue = self.feeds.queue_of(feed)
+        if queue is not None:
+            queue.add(feed, ChunkRef(*chunk), note.header["session"])
+        else:
+            self.feeds.get(feed).add(*chunk)
+
+    def _on_partition_ended(self, note: channel.Note) -> None:
+        queue = self.feeds.queue_of(note.header["feed"])
+        if queue is not None:
+            queue.end_partition(note.header["feed"], note.header["session"])
+
+    def _on_session_lost(self, note: channel.Note) -> None:
+        queue = self.feeds.queue_of(note.header["feed"])
+        if queue is not None:
+            queue.lose(note.header["session"])
+
+    def _on_feed_ended(self, note: channel.Note) -> None:
+        feed, rows = note.header["feed"], list(note.header["rows_per_node"])
+        queue = self.feeds.queue_of(feed)
+        if queue is not None:
+            queue.end_delivery(feed, rows)
+        else:
+            self.feeds.get(feed).end(rows)
+
+    def _on_feed_failed(self, note: channel.Note) -> None:
+        feed = note.header["feed"]
+        (self.feeds.queue_of(feed) or self.feeds.get(feed)).fail(note.header["message"])
+
+    def _on_queue_finish(self, note: channel.Note) -> None:
+        self.feeds.queue(note.header["queue"]).finish()
+
+    def _on_queue_stop(self, note: channel.Note) -> None:
+        self.feeds.queue(note.header["queue"]).stop()
 
     def _count(self) -> None:
         self._started.wait()
         while not self._exit.wait(_COUNTERS_INTERVAL_S):
             with contextlib.suppress(OSError):
                 self.send_counters()
+
+
+def _whereabouts() -> str:
+    """Return the line at which the user's function is now, and what it called from there; for whom it seems to hang."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    stack = traceback.extract_stack(frame)
+    ours = os.path.dirname(os.path.dirname(__file__))
+    theirs = [entry for entry in stack if not entry.filename.startswith((ours, "<frozen", sys.prefix, "/proc/self/fd"))]
+    shown = [f"{entry.filename}, line {entry.lineno} ({entry.name})" for entry in [*theirs[-1:], *stack[-1:]]]
+    return ", in ".join(dict.fromkeys(shown))

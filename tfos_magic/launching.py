@@ -1,0 +1,101 @@
+"""Nodes get their places: slots of Spark's for one task each, or a process beside the driver.
+
+Runs on: driver.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from tfos_magic import archive, session
+from tfos_magic.jobs import LocalNodes, SparkJob
+from tfos_magic.members import Member
+from tfos_magic.options import RunOptions
+from tfos_magic.status import Event, PhaseChanged
+
+if TYPE_CHECKING:
+    from pyspark import SparkContext
+
+
+class Launch:
+    """The tasks and processes in which the nodes of one run are started.
+
+    Parameters
+    ----------
+    context : SparkContext
+    options : RunOptions
+    nodes : sequence of Member
+    """
+
+    def __init__(self, context: SparkContext, options: RunOptions, nodes: Sequence[Member]) -> None:
+        self._context = context
+        self._options = options
+        self._local = [node.index for node in nodes if options.ps_on_driver and node.role.job_name == "ps"]
+        self._remote = [node.index for node in nodes if node.index not in self._local]
+        self._slots = 0
+        self._job: SparkJob | None = None
+        self._local_nodes: LocalNodes | None = None
+
+    def require_slots(self, emit: Callable[[Event], None]) -> None:
+        """Wait until there are slots enough; they may still be busy.
+
+        Raises
+        ------
+        TooFewSlotsError
+        """
+        needed = len(self._remote) if self._options.waits_for_all else 1
+        if session.is_dynamic(self._context):
+            emit(PhaseChanged(f"waiting for executors: {needed} slots needed"))
+            self._slots = sys.maxsize
+            return
+        self._slots = session.require_slots(
+            self._context, needed, lambda now: emit(PhaseChanged(f"waiting for executors: {now} of {needed} slots"))
+        )
+        free = self._slots - session.busy_slot_count(self._context)
+        waiting = f"waiting for slots: {needed} needed, {max(free, 0)} of {self._slots} free"
+        emit(PhaseChanged(f"starting {len(self._remote)} nodes" if free >= needed else waiting))
+
+    def begin(self, group: str, config: dict[str, Any], payload: bytes, on_end: Callable[[SparkJob], None]) -> None:
+        """Start all nodes; returns at once.
+
+        Parameters
+        ----------
+        group : str
+            The Spark job's.
+        config : dict
+            What every node must know to meet the driver.
+        payload : bytes
+            The packed function.
+        on_end : callable(SparkJob)
+            Called when the tasks have ended.
+        """
+        config = {
+            **config,
+            "keep_env": session.kept_environment(self._context),
+            "default_fs": session.default_file_system(self._context),
+            "preload": self._options.preload,
+            # Feeding takes at least one more slot. Independent nodes are not fed, and their slots are others' turns.
+            "hold": self._slots > len(self._remote) or self._options.is_independent,
+        }
+        self._local_nodes = LocalNodes(self._local, {**config, "hold": True}, payload)
+        task = functools.partial(archive.by_value("tfos_magic.node.launch:launch", archive.build()), config, payload)
+        rdd = self._context.parallelize(self._remote, len(self._remote))
+        # Spark refuses barrier stages under dynamic allocation (SPARK-24942); there tasks come as slots do.
+        is_barrier = self._options.waits_for_all and not session.is_dynamic(self._context)
+        tasks = rdd.barrier().mapPartitions(task) if is_barrier else rdd.mapPartitions(task)
+        self._job = SparkJob(self._context, group, f"tfos_magic: {len(self._remote)} nodes", tasks.collect, on_end)
+
+    def cancel(self) -> None:
+        """Ask Spark to kill the tasks."""
+        if self._job is not None:
+            self._job.cancel()
+
+    def wait(self, timeout_s: float) -> None:
+        """Wait until the tasks and the processes beside the driver have ended."""
+        if self._job is not None:
+            self._job.wait(timeout_s)
+        if self._local_nodes is not None:
+            self._local_nodes.join(timeout_s)

@@ -1,0 +1,79 @@
+"""TensorBoard beside a node: started by the agent, and gone with it.
+
+Runs on: executor, in the agent.
+
+It shows its directory to whoever can reach its port, as TensorBoard does; so it listens on the node's own address only,
+and only where the user has asked for it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+_URL = re.compile(r"(http://\S+)")
+_TAIL_CHARACTERS = 2000
+
+
+class TensorBoard:
+    """A TensorBoard process.
+
+    Parameters
+    ----------
+    directory : str
+        What it shows; relative to the working directory, which an empty one means.
+    host : str
+        Address to listen on.
+    scratch : str
+        Where it may leave files.
+
+    Attributes
+    ----------
+    output : int
+        A descriptor to wait on; :meth:`read` when there is something.
+    url : str or None
+        Where it is, once it says so.
+    """
+
+    def __init__(self, directory: str, host: str, scratch: str) -> None:
+        command = [sys.executable, "-m", "tensorboard.main", "--logdir", directory or os.getcwd(), "--host", host]
+        self._process = subprocess.Popen(
+            [*command, "--port", "0"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={
+                **os.environ,
+                "CUDA_VISIBLE_DEVICES": "",
+                "TF_CPP_MIN_LOG_LEVEL": "3",
+                "TMPDIR": scratch,
+            },  # it needs no GPU
+        )
+        pipe = self._process.stdout
+        self.output = pipe.fileno() if pipe is not None else -1
+        self.url: str | None = None
+        self._text = ""
+
+    def read(self) -> bool:
+        """Take what it has written; return whether more may come."""
+        data = os.read(self.output, 1 << 16)
+        self._text = (self._text + data.decode(errors="replace"))[-_TAIL_CHARACTERS:]
+        found = _URL.search(self._text)
+        if self.url is None and found and self._text[found.end() :]:
+            self.url = found.group(1)
+        return bool(data)
+
+    def why_not(self) -> str:
+        """Return its last line, for when it has ended without a URL."""
+        lines = [line for line in self._text.splitlines() if line.strip()]
+        return lines[-1] if lines else "it said nothing"
+
+    def close(self) -> None:
+        """End it."""
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.wait()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
