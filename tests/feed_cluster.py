@@ -15,7 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from tfos_magic.feed.cargo import FeedPlan
+from tfos_magic.feed.cargo import FeedPlan, Portion
 from tfos_magic.feed.receiver import FeedReceiver
 from tfos_magic.feed.sender import feed_partition
 from tfos_magic.feed.source import Feeds, FeedSource
@@ -75,9 +75,11 @@ class FakeCluster:
 
     def feed(self, batches: Iterable[pa.RecordBatch], partition: int = 0, attempt: int | None = None) -> list[int]:
         number = 1000 + partition if attempt is None else attempt
-        return feed_partition(
-            iter(batches), self.plan, partition, number, lambda rows: self.commit(partition, number, rows)
-        )
+
+        def commit(portion: Portion) -> bool:
+            return self.commit(partition, number, portion.rows_per_node)
+
+        return feed_partition(iter(batches), self.plan, partition, number, commit)
 
     def end(self) -> list[int]:
         for node in self.nodes:

@@ -265,8 +265,8 @@ def batches():
         if stall == "stall" and start == 20_000:
             print("stalled", flush=True)
             time.sleep(60)
-def commit(rows):
-    print(json.dumps(rows), flush=True)
+def commit(portion):
+    print(json.dumps(portion.rows_per_node), flush=True)
     return sys.stdin.readline().strip() == "yes"
 plan = FeedPlan("train", secret, tuple(("127.0.0.1", port) for port in ports), chunk_bytes=40_000)
 print(json.dumps(feed_partition(batches(), plan, 0, attempt, commit)), flush=True)

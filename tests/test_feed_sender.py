@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -57,9 +59,10 @@ def test_every_node_learns_the_columns_even_without_a_row(tmp_path):
 
 def test_empty_partition_asks_for_its_commit_too(tmp_path):
     with fake_cluster(2, tmp_path) as cluster:
-        asked: list[list[int]] = []
-        feed_partition(iter([numbered(1)[0].slice(0, 0)]), cluster.plan, 0, 1, lambda rows: asked.append(rows) or True)
-        assert asked == [[0, 0]]
+        asked: list[Any] = []
+        nothing = iter([numbered(1)[0].slice(0, 0)])
+        feed_partition(nothing, cluster.plan, 0, 1, lambda portion: asked.append(portion) or True)
+        assert [(portion.rows_per_node, portion.is_last) for portion in asked] == [((0, 0), True)]
 
 
 def test_slices_travel_without_the_rest_of_their_batch(tmp_path):
@@ -100,3 +103,48 @@ def test_node_that_is_not_there_is_named():
 
 def test_secret_is_not_in_the_repr():
     assert "hush" not in repr(FeedPlan("train", b"hush", ()))
+
+
+def test_a_large_partition_becomes_visible_in_portions(tmp_path):
+    with fake_cluster(2, tmp_path, chunk_bytes=1000) as cluster:
+        for node in cluster.nodes:
+            node.receiver.add_queue("train", 1 << 20)
+        portions = []
+
+        def commit(portion):
+            portions.append((portion.number, sum(portion.rows_per_node), portion.is_last))
+            for node, rows in zip(cluster.nodes, portion.rows_per_node, strict=True):
+                node.receiver.publish("train", 0, 1, rows, is_last=portion.is_last)
+                seen.append(node.receiver.rows_received)
+            return True
+
+        seen: list[int] = []
+        plan = replace(cluster.plan, portion_bytes=4000)
+        rows = feed_partition(iter(numbered(2000)), plan, 0, 1, commit)
+        assert sum(rows) == 2000
+        assert [number for number, _, _ in portions] == list(range(len(portions)))
+        assert len(portions) > 3
+        assert [is_last for _, _, is_last in portions] == [False] * (len(portions) - 1) + [True]
+        assert sum(count for _, count, _ in portions) == 2000
+        assert sum(node.receiver.rows_received for node in cluster.nodes) == 2000
+
+
+def test_the_fingerprint_tells_another_order_and_not_another_attempt(tmp_path):
+    def fingerprints(batches, attempt):
+        found = []
+
+        def commit(portion):
+            found.append(portion.fingerprint)
+            for node, rows in zip(cluster.nodes, portion.rows_per_node, strict=True):
+                node.receiver.publish("train", attempt, attempt, rows, is_last=portion.is_last)
+            return True
+
+        feed_partition(iter(batches), replace(cluster.plan, portion_bytes=4000), 0, attempt, commit)
+        return found
+
+    with fake_cluster(1, tmp_path, chunk_bytes=1000) as cluster:
+        cluster.nodes[0].receiver.add_queue("train", 1 << 20)
+        rows = numbered(1000)
+        first = fingerprints(rows, 0)
+        assert first == fingerprints(rows, 0)
+        assert first != fingerprints(rows[::-1], 0)

@@ -59,9 +59,9 @@ def feed_from_spark(df: Any, cluster: FakeCluster, on_the_way: Any = iter) -> li
             context = TaskContext.get()
             partition, attempt = context.partitionId(), context.taskAttemptId()
 
-            def commit(rows):
+            def commit(portion):
                 with socket.create_connection(address) as connection, connection.makefile("rw") as lines:
-                    print(json.dumps([partition, attempt, rows]), file=lines, flush=True)
+                    print(json.dumps([partition, attempt, portion.rows_per_node]), file=lines, flush=True)
                     return json.loads(lines.readline())
 
             rows = feed_partition(on_the_way(batches), plan, partition, attempt, commit)

@@ -32,7 +32,8 @@ def nodes() -> list[Any]:
 
 def commit(delivery: Delivery, partition: int, attempt: int, rows: list[int]) -> bool:
     task = Recorder()
-    delivery.commit(task, {"partition": partition, "attempt": attempt, "rows": rows})  # type: ignore[arg-type]
+    about = {"number": 0, "is_last": True, "fingerprint": 0, "rows_per_node": rows}
+    delivery.commit(task, {"partition": partition, "attempt": attempt, **about})  # type: ignore[arg-type]
     return bool(task.sent[0]["accepted"])
 
 
@@ -46,6 +47,34 @@ def test_the_first_attempt_of_a_partition_counts_and_a_twin_does_not(nodes: list
     published = [(m["partition"], m["attempt"], m["rows"]) for m in nodes[0].sent if m["type"] == "publish"]
     assert published == [(0, 10, 3), (1, 12, 0)]
     assert nodes[1].sent[-1] == {"type": "feed_end", "feed": "train", "rows_per_node": [3, 3]}
+
+
+def portion(delivery: Delivery, attempt: int, number: int, fingerprint: int, *, is_last: bool = False) -> Any:
+    task = Recorder()
+    about = {"number": number, "is_last": is_last, "fingerprint": fingerprint, "rows_per_node": [4, 4]}
+    delivery.commit(task, {"partition": 0, "attempt": attempt, **about})  # type: ignore[arg-type]
+    return task.sent[0]
+
+
+def test_a_repeated_partition_adds_only_the_portions_that_were_missing(nodes: list[Any]) -> None:
+    delivery = Delivery("input/1", nodes, "input")
+    assert portion(delivery, 10, 0, 111)["accepted"]
+    assert portion(delivery, 10, 1, 222)["accepted"]  # and then its Python worker dies
+    assert not portion(delivery, 11, 0, 111)["accepted"]
+    assert not portion(delivery, 11, 1, 222)["accepted"]
+    assert portion(delivery, 11, 2, 333, is_last=True)["accepted"]
+    assert not portion(delivery, 12, 0, 999)["accepted"]  # a straggler, after all has been decided
+    assert [m["type"] for m in nodes[0].sent] == ["publish", "publish", "discard", "discard", "publish"]
+    assert delivery.row_count == 24
+
+
+def test_a_partition_that_comes_in_another_order_is_refused_once_part_of_it_was_taken(nodes: list[Any]) -> None:
+    delivery = Delivery("input/1", nodes, "input")
+    assert portion(delivery, 10, 0, 111)["accepted"]
+    answer = portion(delivery, 11, 0, 112)
+    assert not answer["accepted"]
+    assert "persist" in answer["refusal"]
+    assert isinstance(delivery.error, FeedError)
 
 
 def test_no_rows_at_all_is_an_error_and_nodes_are_not_told_to_go_on(nodes: list[Any]) -> None:

@@ -330,7 +330,7 @@ def test_killed_feed_tasks_deliver_no_row_twice_and_lose_none(spark_script: Any,
         from test_tfcluster import kill_once, read_all, start, times_ten, all_rows
         spark = SparkSession.builder.getOrCreate()
         sc = spark.sparkContext
-        with start(spark, read_all) as cluster:
+        with start(spark, read_all, queue_limit_bytes=100_000) as cluster:  # four portions and more a partition
             # Killed in the middle of a partition, whose first rows the nodes have got but must not use.
             dies = kill_once({str(tmp_path / "a")!r}, 120_000)
             cluster.train(sc.parallelize(range(200_000), 4).mapPartitions(dies), 1)

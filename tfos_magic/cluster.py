@@ -314,7 +314,7 @@ class Cluster:
         if header["feed"] in self._feeds:
             self._feeds[header["feed"]].commit(task, header)
         else:  # a twin of a task, come after the feed's end
-            task.send({"type": "committed", "accepted": False})
+            task.send({"type": "committed", "accepted": False, "refusal": ""})
 
     def _take_report(self, node: Member, message: Message) -> None:
         if message.type == "drained" and message.header["feed"] in self._feeds:

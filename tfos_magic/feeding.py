@@ -2,14 +2,15 @@
 
 Runs on: driver. No locks of its own: the cluster that owns the feeds calls under its lock.
 
-    feed task ──"commit partition 7, attempt 12, rows [30, 31]"──► Delivery.commit
-                 the first attempt of a partition counts: "publish" to every node, "accepted" to the task
+    feed task ──"commit partition 7, portion 0, attempt 12, rows [30, 31]"──► Delivery.commit
+                 the first attempt that has it counts: "publish" to every node, "accepted" to the task
     Spark job ends ──► Delivery.end ──► "feed end" with every node's rows, or the error to show
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from tfos_magic.errors import DataError, FeedError, TfosError
@@ -18,6 +19,20 @@ from tfos_magic.feed.staging import QUEUE_LIMIT_BYTES
 from tfos_magic.jobs import SparkJob
 from tfos_magic.members import Member
 from tfos_magic.rendezvous import Peer
+
+
+@dataclass
+class _Progress:
+    """What counts of one partition so far, portion by portion."""
+
+    fingerprints: list[int] = field(default_factory=list)
+    attempts: list[int] = field(default_factory=list)
+    is_complete: bool = False
+
+    def add(self, attempt: int, header: Mapping[str, Any]) -> None:
+        self.fingerprints.append(header["fingerprint"])
+        self.attempts.append(attempt)
+        self.is_complete = header["is_last"]
 
 
 class Delivery:
@@ -48,7 +63,7 @@ class Delivery:
         self._drained: set[str] = set()
         self._members = list(members)
         self._rows = [0] * len(self._members)
-        self._winners: dict[int, int] = {}
+        self._partitions: dict[int, _Progress] = {}
 
     @property
     def is_open(self) -> bool:
@@ -85,6 +100,7 @@ class Delivery:
         return {
             "name": self.name,
             "is_queue": self.queue is not None,
+            "portion_bytes": self._limit_bytes // 4,
             "secret": secret.hex(),
             "nodes": [(member.info["address"], member.feed_port) for member in self._members],
             "rendezvous": rendezvous,
@@ -92,16 +108,28 @@ class Delivery:
         }
 
     def commit(self, task: Peer, header: Mapping[str, Any]) -> None:
-        """Decide whether this attempt of a partition counts: the first that has delivered all of it does."""
-        partition, attempt = header["partition"], header["attempt"]
-        is_first = partition not in self._winners
-        if is_first:
-            self._winners[partition] = attempt
-            self._rows = [total + rows for total, rows in zip(self._rows, header["rows"], strict=True)]
-            decision = {"type": "publish", "feed": self.name, "partition": partition, "attempt": attempt}
-            for member, rows in zip(self._members, header["rows"], strict=True):
-                member.send({**decision, "rows": rows})
-        task.send({"type": "committed", "accepted": self._winners[partition] == attempt})
+        """Decide whether a portion of this attempt counts: of each portion, the first that all nodes have does."""
+        partition, attempt, number = header["partition"], header["attempt"], header["number"]
+        progress = self._partitions.setdefault(partition, _Progress())
+        accepted, refusal = False, ""
+        if number == len(progress.fingerprints) and not progress.is_complete:
+            accepted = True
+            progress.add(attempt, header)
+            self._rows = [total + rows for total, rows in zip(self._rows, header["rows_per_node"], strict=True)]
+            self._decide("publish", header)
+        elif progress.is_complete:
+            accepted = progress.attempts[-1] == attempt  # it asks again: the answer was lost, the decision stands
+        elif progress.fingerprints[number] == header["fingerprint"]:
+            self._decide("discard", header)
+        else:
+            refusal = _came_differently(self.queue or self.name, partition)
+            self.error = self.error or FeedError(refusal)
+        task.send({"type": "committed", "accepted": accepted, "refusal": refusal})
+
+    def _decide(self, decision: str, header: Mapping[str, Any]) -> None:
+        about = {name: header[name] for name in ("partition", "attempt", "is_last")}
+        for member, rows in zip(self._members, header["rows_per_node"], strict=True):
+            member.send({"type": decision, "feed": self.name, **about, "rows": rows})
 
     def refuse(self, header: Mapping[str, Any]) -> None:
         """Take note that a task found the data wrong; the first such finding is the one to show."""
@@ -127,3 +155,11 @@ def _spark_error(name: str, error: Exception) -> FeedError:
     )
     feed_error.__cause__ = error
     return feed_error
+
+
+def _came_differently(name: str, partition: int) -> str:
+    return (
+        f"Partition {partition} for {name!r} came in another order when Spark computed it once more, and the nodes had "
+        "taken part of it already. Compute it once: df.persist() or rdd.checkpoint() before it is fed, or make more "
+        "and smaller partitions of it."
+    )

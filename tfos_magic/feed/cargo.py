@@ -33,6 +33,9 @@ class FeedPlan:
         The run's.
     nodes : tuple of (host, port)
         The receivers of the nodes that take data, in the order of ``rows_per_node``.
+    portion_bytes : int, optional
+        How much of a partition, on each node, is held back until it counts; a larger partition comes in portions. The
+        whole partition by default.
     chunk_bytes : int
         Aimed size of a chunk.
     timeout_s : float, optional
@@ -46,13 +49,14 @@ class FeedPlan:
     name: str
     secret: bytes = field(repr=False)
     nodes: tuple[tuple[str, int], ...]
+    portion_bytes: int | None = None
     chunk_bytes: int = 2 << 20
     timeout_s: float | None = 120.0
     allow_nulls: bool = False
 
-    def into_queue(self) -> FeedPlan:
-        """Return the same plan for a queue: rows as they are, and time for the slowest node."""
-        return replace(self, allow_nulls=True, timeout_s=None)
+    def into_queue(self, portion_bytes: int) -> FeedPlan:
+        """Return the same plan for a queue: rows as they are, in portions, and time for the slowest node."""
+        return replace(self, allow_nulls=True, timeout_s=None, portion_bytes=portion_bytes)
 
     def of_one_node(self) -> FeedPlan:
         """Return the same plan for loads that are not shared out."""
@@ -62,6 +66,27 @@ class FeedPlan:
     def group_bytes(self) -> int:
         """How much is gathered before it is dealt: a chunk per node, within bounds."""
         return min(_GROUP_BYTES, self.chunk_bytes * len(self.nodes))
+
+
+@dataclass(frozen=True)
+class Portion:
+    """Rows of a partition that become visible together; most partitions are one.
+
+    Attributes
+    ----------
+    number : int
+        0, 1, … within the partition.
+    rows_per_node : tuple of int
+    is_last : bool
+    fingerprint : int
+        Of all the partition's chunks up to this portion's end: when Spark computes the partition again, what has been
+        published of it must come the same way, or rows would be lost and others come twice.
+    """
+
+    number: int
+    rows_per_node: tuple[int, ...]
+    is_last: bool
+    fingerprint: int
 
 
 class Load(Protocol):

@@ -90,9 +90,8 @@ def loads(data: bytes) -> list[Any]:
 
 @dataclass(frozen=True)  # no namedtuple: where the patch is on, that would arrive as another class
 class _Key:
-    """By what a class is known to all processes."""
+    """By what a class is known to all processes; not by its module, which cloudpickle before 2 loses of some."""
 
-    module: str
     name: str
     """With those around it: ``Outer.Inner``."""
     fields: tuple[str, ...]
@@ -145,7 +144,7 @@ def _fields(cls: type) -> tuple[str, ...]:
 
 def _restore(name: str, fields: tuple[str, ...], values: tuple[Any, ...]) -> Any:
     """Make an instance as ``pyspark.serializers._restore`` would, but of the notebook's own class where it is here."""
-    key = _Key("__main__", name, tuple(fields), ("tuple",), "")
+    key = _Key(name, tuple(fields), ("tuple",), "")
     cls: Any = _CLASSES.find(key)
     if cls is None:
         make: Any = collections.namedtuple  # mypy wants its arguments as literals
@@ -203,7 +202,7 @@ def _class_reduction(cls: type, reduced: tuple[Any, ...]) -> tuple[Any, ...]:
     *arguments, tracker_id, extra = arguments
     bases = tuple(base.__name__ for base in cls.__bases__)
     is_local = "<locals>" in cls.__qualname__
-    key = _Key(cls.__module__, cls.__qualname__, _fields(cls), bases, tracker_id if is_local else "")
+    key = _Key(cls.__qualname__, _fields(cls), bases, tracker_id if is_local else "")
     _CLASSES.keep(key, cls)
     clean = {name: value for name, value in attributes.items() if not _is_patched(name, value)}
     return _arrive, (key, make, (*arguments, None, extra)), (key, set_state, (clean, slots)), None, None, _complete

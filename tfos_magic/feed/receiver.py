@@ -170,10 +170,12 @@ class FeedReceiver:
                 self._sessions[session].give(results, row_count)
                 self._room_made.notify_all()
 
-    def publish(self, name: str, partition: int, attempt: int, row_count: int | None = None) -> None:
-        """Make the chunks of one attempt visible, in the order they came, and throw away the partition's others.
+    def publish(
+        self, name: str, partition: int, attempt: int, row_count: int | None = None, *, is_last: bool = True
+    ) -> None:
+        """Make what one attempt has delivered visible, in the order it came.
 
-        A repeated decision about a partition changes nothing.
+        With the last portion the partition's other attempts are thrown away, and no later decision changes anything.
 
         Parameters
         ----------
@@ -183,20 +185,28 @@ class FeedReceiver:
         row_count : int, optional
             How many rows the sender dealt to this node. If the staged ones are not as many, the feed fails
             rather than train on part of the data.
+        is_last : bool
+            False for a portion of a partition of which more will come.
         """
         with self._lock:
             feed = self._feed(name)
             if partition in feed.winners or feed.is_over:
                 return
-            chunks = feed.take(partition, attempt)
+            chunks = feed.take(partition, attempt, is_last=is_last)
             staged = sum(chunk.row_count for chunk in chunks)
             if row_count is not None and staged != row_count:
                 self.fail(name, f"Partition {partition} of feed '{name}': {row_count} rows dealt, {staged} arrived.")
                 return
             for chunk in chunks:
                 self._notify(ChunkReady(name, chunk.offset, chunk.length_bytes, chunk.row_count))
-            if feed.limit_bytes is not None and chunks:
+            if feed.limit_bytes is not None and is_last:
                 self._notify(PartitionEnded(name))
+            self._room_made.notify_all()
+
+    def discard(self, name: str, partition: int, attempt: int) -> None:
+        """Throw away what an attempt has delivered so far: another one was first with it."""
+        with self._room_made:
+            self._feed(name).discard(partition, attempt)
             self._room_made.notify_all()
 
     def end(self, name: str, rows_per_node: Sequence[int]) -> None:
@@ -318,17 +328,16 @@ class FeedReceiver:
     # --- rows that count once -----------------------------------------------------------------------------
 
     def _receive_stream(self, connection: socket.socket, opening: dict[str, object], schema_ipc: bytes) -> int:
-        """Stage one attempt; return the rows that came. Rows of an unwanted attempt are counted and dropped."""
+        """Stage one attempt; return its last portion's rows. Rows of an unwanted attempt are counted and dropped."""
         with self._lock:
             feed = self._open(opening, schema_ipc)
             stream = feed.stage(int(str(opening["partition"])), int(str(opening["attempt"])))
-        row_count = 0
         try:
-            while (header := wire.receive_header(connection)).kind == wire.CHUNK:
-                self._receive_chunk(connection, header, feed, stream)
-                row_count += header.row_count
-            if header.kind != wire.END or header.row_count != row_count:
-                raise FeedError(f"A sender announced {header.row_count} rows, {row_count} arrived.")
+            while True:
+                header, row_count = self._receive_portion(connection, feed, stream)
+                if header.kind == wire.END:
+                    break
+                wire.send_frame(connection, wire.ACCEPTED, row_count=row_count)
         except BaseException:
             with self._room_made:
                 feed.hang_up(stream)
@@ -338,6 +347,15 @@ class FeedReceiver:
             stream.is_complete = True
             self._room_made.notify_all()
         return row_count
+
+    def _receive_portion(self, connection: socket.socket, feed: Feed, stream: Stream) -> tuple[wire.Header, int]:
+        row_count = 0
+        while (header := wire.receive_header(connection)).kind == wire.CHUNK:
+            self._receive_chunk(connection, header, feed, stream)
+            row_count += header.row_count
+        if header.kind not in (wire.MARK, wire.END) or header.row_count != row_count:
+            raise FeedError(f"A sender announced {header.row_count} rows, {row_count} arrived.")
+        return header, row_count
 
     def _receive_chunk(self, connection: socket.socket, header: wire.Header, feed: Feed, stream: Stream) -> None:
         self._wait_for_room(connection, lambda: feed.has_room(stream, header.length_bytes, self._waiting()))

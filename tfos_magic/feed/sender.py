@@ -12,16 +12,19 @@ from __future__ import annotations
 import json
 import select
 import socket
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from tfos_magic.errors import FeedError
 from tfos_magic.feed import cargo, wire
-from tfos_magic.feed.cargo import FeedPlan, Load
+from tfos_magic.feed.cargo import FeedPlan, Load, Portion
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+_FINGER_BYTES = 4096
 
 
 def feed_partition(
@@ -29,7 +32,7 @@ def feed_partition(
     plan: FeedPlan,
     partition: int,
     attempt: int,
-    commit: Callable[[list[int]], bool],
+    commit: Callable[[Portion], bool],
 ) -> list[int]:
     """Deal one partition's rows over the plan's nodes.
 
@@ -44,7 +47,7 @@ def feed_partition(
         Different for every attempt at this partition in the whole run: Spark's ``taskAttemptId()``, since
         ``attemptNumber()`` starts again at 0 when a stage is repeated.
     commit : callable
-        Called once, with the rows per node, when every node has confirmed its share. True if this attempt counts.
+        Called for each portion when every node has confirmed its share. True if it counts.
 
     Returns
     -------
@@ -62,32 +65,38 @@ def feed_partition(
 
 
 def feed_objects(
-    rows: Iterable[Any], plan: FeedPlan, partition: int, attempt: int, commit: Callable[[list[int]], bool]
+    rows: Iterable[Any], plan: FeedPlan, partition: int, attempt: int, commit: Callable[[Portion], bool]
 ) -> list[int]:
     """Deal one partition of an RDD, whose rows are any Python objects; otherwise as :func:`feed_partition`."""
     return _deal_all(cargo.of_objects(rows, plan), plan, partition, attempt, commit)
 
 
 def _deal_all(
-    loads: Iterator[Load], plan: FeedPlan, partition: int, attempt: int, commit: Callable[[list[int]], bool]
+    loads: Iterator[Load], plan: FeedPlan, partition: int, attempt: int, commit: Callable[[Portion], bool]
 ) -> list[int]:
     with ExitStack() as stack:
-        dealer = _Dealer(plan, partition, attempt, stack)
+        dealer = _Dealer(plan, partition, attempt, commit, stack)
         for load in loads:
             dealer.deal(load)
-        rows_per_node = dealer.finish()
-    return rows_per_node if commit(rows_per_node) else [0] * len(rows_per_node)
+        return dealer.finish()
 
 
 class _Dealer:
     """Deals loads over the nodes; connects when the first row is there."""
 
-    def __init__(self, plan: FeedPlan, partition: int, attempt: int, stack: ExitStack) -> None:
+    def __init__(
+        self, plan: FeedPlan, partition: int, attempt: int, commit: Callable[[Portion], bool], stack: ExitStack
+    ) -> None:
         self._plan = plan
         self._stack = stack
         self._opening = {"name": plan.name, "partition": partition, "attempt": attempt}
         self._turn = partition % len(plan.nodes)
         self._links: list[Link] = []
+        self._commit = commit
+        self._counted = [0] * len(plan.nodes)
+        self._portions = 0
+        self._portion_bytes = 0
+        self._fingerprint = 0
 
     def deal(self, load: Load) -> None:
         """Send every node its even share of the load."""
@@ -96,14 +105,30 @@ class _Dealer:
         for link, row_count in zip(self._links, self._shares(load.row_count), strict=True):
             for payload, rows in load.cut(row_count):
                 link.send(payload, rows)
+                self._note(payload)
+        limit = self._plan.portion_bytes
+        if limit is not None and self._portion_bytes >= limit * len(self._links):
+            self._end_portion(is_last=False)
 
     def finish(self) -> list[int]:
-        """Wait until every node has confirmed its rows; return them."""
+        """Wait until every node has confirmed its rows; return those that count because of this attempt."""
+        self._end_portion(is_last=True)
+        return self._counted
+
+    def _note(self, payload: memoryview | bytes) -> None:
+        """Take both ends of a chunk into the fingerprint: rows that come in another order change them."""
+        for end in (payload[:_FINGER_BYTES], payload[-_FINGER_BYTES:]):
+            self._fingerprint = zlib.crc32(end, self._fingerprint)
+        self._portion_bytes += len(payload)
+
+    def _end_portion(self, *, is_last: bool) -> None:
         for link in self._links:
-            link.end()
-        for link in self._links:
-            link.confirm()
-        return [link.row_count for link in self._links] or [0] * len(self._plan.nodes)
+            link.mark(is_last=is_last)
+        rows = tuple(link.confirm() for link in self._links) or (0,) * len(self._plan.nodes)
+        if self._commit(Portion(self._portions, rows, is_last, self._fingerprint)):
+            self._counted = [total + count for total, count in zip(self._counted, rows, strict=True)]
+        self._portions += 1
+        self._portion_bytes = 0
 
     def _shares(self, row_count: int) -> list[int]:
         count = len(self._links)
@@ -152,12 +177,12 @@ class Link:
         self._say(wire.CHUNK, payload, row_count)
         self.row_count += row_count
 
-    def end(self) -> None:
-        """Say that this was all."""
-        self._say(wire.END, b"", self.row_count)
+    def mark(self, *, is_last: bool) -> None:
+        """Say that a portion is complete."""
+        self._say(wire.END if is_last else wire.MARK, b"", self.row_count)
 
-    def confirm(self) -> None:
-        """Wait until the node has confirmed all rows."""
+    def confirm(self) -> int:
+        """Wait until the node has confirmed all rows of the portion; return how many, and begin the next."""
         try:
             header = wire.receive_header(self.socket)
             payload = wire.receive_payload(self.socket, header)
@@ -165,6 +190,8 @@ class Link:
             raise self.lost(error, "lost") from error
         if header.kind != wire.ACCEPTED or header.row_count != self.row_count:
             raise FeedError(f"Feed '{self._feed_name}': {self._who} refused the rows: {payload.decode()}")
+        self.row_count = 0
+        return header.row_count
 
     def close(self) -> None:
         """Hang up."""

@@ -138,12 +138,12 @@ class Feed:
     def has_room(self, stream: Stream, length_bytes: int, waiting: Waiting) -> bool:
         """Return whether a chunk of this stream may be taken in now.
 
-        Beyond the bound only one stream may go on, the same on every node, so that a partition larger than the bound
-        gets through; and not even that one while half of the bound waits for the child, which can make room itself.
+        The last quarter of the bound is for one stream only, the same on every node, so that its portion gets through;
+        and not even for that one while half of the bound waits for the child, which can make room itself.
         """
         if self.limit_bytes is None or stream.is_unwanted:
             return True
-        if waiting.staged_bytes + waiting.published_bytes + length_bytes <= self.limit_bytes:
+        if waiting.staged_bytes + waiting.published_bytes + length_bytes <= self.limit_bytes * 3 // 4:
             return True
         is_first = stream.place == min(other.place for other in self._streams() if not other.is_complete)
         return is_first and waiting.published_bytes <= self.limit_bytes // 2
@@ -171,17 +171,25 @@ class Feed:
                 del attempts[attempt]
         self.drop(stream)
 
-    def take(self, partition: int, attempt: int) -> list[ChunkRef]:
-        """Decide for `attempt`: return its chunks, throw away those of the others."""
-        self.winners[partition] = attempt
-        streams = self.staged.pop(partition, {})
-        winner = streams.pop(attempt, Stream())
-        for loser in streams.values():
-            self.drop(loser)
-        for chunk in winner.chunks:
+    def take(self, partition: int, attempt: int, *, is_last: bool = True) -> list[ChunkRef]:
+        """Decide for what `attempt` has delivered: return its chunks; at the last, throw away those of the others."""
+        stream = self.staged.get(partition, {}).get(attempt, Stream())
+        chunks, stream.chunks = stream.chunks, []
+        for chunk in chunks:
             self.staged_bytes -= chunk.length_bytes
             self.publish(chunk)
-        return winner.chunks
+        if is_last:
+            self.winners[partition] = attempt
+            for other in self.staged.pop(partition, {}).values():
+                self.drop(other)
+        return chunks
+
+    def discard(self, partition: int, attempt: int) -> None:
+        """Decide against what `attempt` has delivered so far, but not against what is still to come."""
+        stream = self.staged.get(partition, {}).get(attempt)
+        if stream is not None:
+            self.drop(stream)
+            stream.is_unwanted = False
 
     def publish(self, chunk: ChunkRef) -> None:
         """Count a chunk that the child is about to hear of."""

@@ -8,18 +8,20 @@ nodes use. What is wrong with the data itself goes to the driver as a message, a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from tfos_magic.errors import DataError
+from tfos_magic.errors import DataError, FeedError
 from tfos_magic.rendezvous import Connection, connect
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from tfos_magic.feed.cargo import FeedPlan
+    from tfos_magic.feed.cargo import FeedPlan, Portion
 
-_Commit = Callable[[list[int]], bool]
+_Commit = Callable[["Portion"], bool]
 
 
 def feed_batches(archive: bytes, plan: dict[str, Any], batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -120,9 +122,8 @@ def _deal(plan: dict[str, Any], deal: Callable[[FeedPlan, int, int, _Commit], li
     driver = connect((host, port), bytes.fromhex(plan["rendezvous_secret"]))
     rows = []
     try:
-        rows = deal(
-            _feed_plan(plan), partition, attempt, lambda rows: _commit(driver, plan["name"], partition, attempt, rows)
-        )
+        commit = functools.partial(_commit, driver, plan["name"], partition, attempt)
+        rows = deal(_feed_plan(plan), partition, attempt, commit)
     except DataError as error:
         # The driver ends the run for it; raised here it would be retried, and fill the notebook with Java's stacks.
         report = {"type": "feed_error", "feed": plan["name"]}
@@ -137,7 +138,7 @@ def _feed_plan(plan: dict[str, Any]) -> FeedPlan:
 
     nodes = tuple((host, port) for host, port in plan["nodes"])
     feed_plan = FeedPlan(plan["name"], bytes.fromhex(plan["secret"]), nodes)
-    return feed_plan.into_queue() if plan["is_queue"] else feed_plan
+    return feed_plan.into_queue(plan["portion_bytes"]) if plan["is_queue"] else feed_plan
 
 
 def _task() -> tuple[int, int]:
@@ -150,6 +151,17 @@ def _task() -> tuple[int, int]:
     return context.partitionId(), context.taskAttemptId()
 
 
-def _commit(driver: Connection, feed: str, partition: int, attempt: int, rows: list[int]) -> bool:
-    driver.send({"type": "commit", "feed": feed, "partition": partition, "attempt": attempt, "rows": rows})
-    return bool(driver.receive().header["accepted"])
+def _commit(driver: Connection, feed: str, partition: int, attempt: int, portion: Portion) -> bool:
+    """Ask the driver whether a portion counts.
+
+    Raises
+    ------
+    FeedError
+        Spark has computed the partition anew, and it is not what it was.
+    """
+    where = {"feed": feed, "partition": partition, "attempt": attempt}
+    driver.send({"type": "commit", **where, **asdict(portion)})
+    answer = driver.receive().header
+    if answer["refusal"]:
+        raise FeedError(answer["refusal"])
+    return bool(answer["accepted"])

@@ -34,7 +34,7 @@ from tfos_magic.errors import FeedError
 HANDSHAKE_TIMEOUT_S = 10.0
 """A peer that has not proved itself after this long is dropped."""
 
-OPEN, SCHEMA, CHUNK, END = b"O", b"S", b"C", b"E"
+OPEN, SCHEMA, CHUNK, MARK, END = b"O", b"S", b"C", b"M", b"E"
 ACCEPTED, REFUSED, RESULTS = b"A", b"X", b"R"
 
 SMALL_FRAME_BYTES = 16 << 20

@@ -326,7 +326,13 @@ class Agent:
     def _on_publish(self, message: Message) -> None:
         if self._receiver is not None:
             header = message.header
-            self._receiver.publish(header["feed"], header["partition"], header["attempt"], header["rows"])
+            place = header["feed"], header["partition"], header["attempt"]
+            self._receiver.publish(*place, header["rows"], is_last=header["is_last"])
+
+    def _on_discard(self, message: Message) -> None:
+        if self._receiver is not None:
+            header = message.header
+            self._receiver.discard(header["feed"], header["partition"], header["attempt"])
 
     def _on_feed_end(self, message: Message) -> None:
         if self._receiver is not None:
