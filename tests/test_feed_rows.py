@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import collections
 import datetime
+import subprocess
+import sys
+import textwrap
 from typing import Any
 
 import numpy as np
@@ -182,3 +185,26 @@ def test_parts_with_lists_of_other_lengths_become_objects() -> None:
 def test_no_rows_give_empty_arrays() -> None:
     assert listed(joined_arrays([], {"x": "x"})) == {"x": []}
     assert listed(ObjectRows([]).arrays({"x": "x"})) == {"x": []}
+
+
+def test_numbers_reach_python_without_pandas() -> None:
+    code = """
+        import sys
+        import pyarrow as pa
+        from tfos_magic.feed.rows import ArrowRows
+
+        schema = pa.schema([("a", pa.float64()), ("b", pa.int32()), ("l", pa.list_(pa.float32()))])
+        batch = pa.ipc.read_record_batch(pa.py_buffer(sys.stdin.buffer.read()), schema)
+        rows = ArrowRows(batch.slice(1))
+        assert rows.items() == [(2.0, 4, [7.0, 8.0])], rows.items()
+        arrays = rows.arrays({"a": "a", "b": "b", "l": "l"})
+        assert arrays["l"].tolist() == [[7.0, 8.0]] and arrays["b"].tolist() == [4]
+        print("pandas" in sys.modules)
+    """
+    lists = pa.array([[5.0, 6.0], [7.0, 8.0]], pa.list_(pa.float32()))
+    batch = pa.RecordBatch.from_arrays(
+        [pa.array([1.0, 2.0]), pa.array([3, 4], pa.int32()), lists], names=["a", "b", "l"]
+    )
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, input=batch.serialize().to_pybytes(), capture_output=True, timeout=60)
+    assert done.stdout == b"False\n", done

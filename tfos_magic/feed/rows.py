@@ -147,7 +147,7 @@ def _python_values(column: pa.Array) -> list[Any]:
     from pyarrow import types
 
     if column.null_count == 0 and (types.is_integer(column.type) or types.is_floating(column.type)):
-        numbers: list[Any] = column.to_numpy(zero_copy_only=True).tolist()
+        numbers: list[Any] = columns.view(column).tolist()
         return numbers
     values: list[Any] = column.to_pylist()
     return values

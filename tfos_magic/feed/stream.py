@@ -232,7 +232,7 @@ class StreamSource:
         results = list(results)
         for portion in self._claim(len(results)):
             part, results = results[: portion.row_count], results[portion.row_count :]
-            self.answer(portion.session, objects.dumps(part), len(part))
+            self.answer(portion.session, objects.dumps(part, is_result=True), len(part))
 
     def answer(self, session: int | None, data: bytes, row_count: int) -> None:
         """Send the results of a session's next rows, ready for the wire."""
