@@ -324,7 +324,7 @@ def test_who_feeds_can_wait_until_all_is_taken_but_not_looked_at_only(mgr: Any) 
         mgr.get_queue("input").join()
         joined.set()
 
-    waiting = threading.Thread(target=join)
+    waiting = threading.Thread(target=join, daemon=True)
     waiting.start()
     feed = DataFeed(mgr)
     assert feed.next_batch(1) == [1]

@@ -282,7 +282,18 @@ print(json.dumps({
 
 
 def test_threads_that_load_at_once_get_the_same_class(tmp_path: Path) -> None:
-    send(tmp_path, "rows = all_rows()")
+    send(
+        tmp_path,
+        """
+import time
+class Slow:
+    def __reduce__(self):
+        return time.sleep, (0.1,)  # lets the others run while the class is being made
+class Made:
+    pause = Slow()
+rows = [Made()]
+""",
+    )
     found = run(
         tmp_path,
         RECEIVE

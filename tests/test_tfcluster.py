@@ -489,9 +489,7 @@ def test_parameter_servers_beside_the_driver_take_no_slot(spark_local4: Any) -> 
             sleeper(args, ctx)
         return ctx.job_name, len(ctx.cluster_spec["ps"]), os.getppid() > 0
 
-    with start(
-        spark_local4, roles, 5, num_ps=1, driver_ps_nodes=True, input_mode=FILES
-    ) as cluster:
+    with start(spark_local4, roles, 5, num_ps=1, driver_ps_nodes=True, input_mode=FILES) as cluster:
         assert [node["job_name"] for node in cluster.cluster_info] == ["worker"] * 4 + ["ps"]
     assert cluster.result is not None
     assert [value[:2] for value in cluster.result.values[:4]] == [("worker", 1)] * 4
@@ -520,27 +518,31 @@ def test_every_slot_taken_by_nodes_still_leaves_room_for_the_feed(spark_local4: 
 
 
 @pytest.mark.slow
-def test_a_structured_streaming_query_feeds_by_foreachbatch(spark_local4: Any, tmp_path: Any) -> None:
-    source = tmp_path / "in"
-    spark_local4.range(100).coalesce(1).write.parquet(str(source))
-    with start(spark_local4, read_all) as cluster:
-        stream = spark_local4.readStream.schema("id long").parquet(str(source))
-        query = (
-            stream.writeStream.foreachBatch(lambda frame, number: cluster.train(frame, 1))
-            .option("checkpointLocation", str(tmp_path / "checkpoint"))
-            .trigger(availableNow=True)
-            .start()
-        )
-        assert query.awaitTermination(60)
-        spark_local4.range(100, 150).coalesce(1).write.mode("append").parquet(str(source))
-        query = (
-            stream.writeStream.foreachBatch(lambda frame, number: cluster.train(frame, 1))
-            .option("checkpointLocation", str(tmp_path / "checkpoint"))
-            .trigger(availableNow=True)
-            .start()
-        )
-        assert query.awaitTermination(60)
-    assert sorted(all_rows(cluster)) == list(range(150))
+def test_a_structured_streaming_query_feeds_by_foreachbatch(spark_script: Any, tmp_path: Any) -> None:
+    done = spark_script(  # a process of its own: the callback server that foreachBatch starts stays for its life
+        f"""
+        import sys
+        sys.path.insert(0, {str(__file__).rpartition("/")[0]!r})
+        from pyspark.sql import SparkSession
+        from test_tfcluster import all_rows, read_all, start
+        spark = SparkSession.builder.getOrCreate()
+
+        def feed(cluster):
+            stream = spark.readStream.schema("id long").parquet("in")
+            writer = stream.writeStream.foreachBatch(lambda frame, number: cluster.train(frame, 1))
+            query = writer.option("checkpointLocation", "checkpoint").trigger(availableNow=True).start()
+            assert query.awaitTermination(60)
+
+        spark.range(100).coalesce(1).write.parquet("in")
+        with start(spark, read_all) as cluster:
+            feed(cluster)
+            spark.range(100, 150).coalesce(1).write.mode("append").parquet("in")
+            feed(cluster)
+        assert sorted(all_rows(cluster)) == list(range(150))
+        print("all well")
+        """
+    )
+    assert "all well" in done.stdout
 
 
 @pytest.mark.slow

@@ -115,7 +115,7 @@ def test_a_thread_that_waits_holds_up_no_other(manager: TFManager.TFManager) -> 
     got: list[Any] = []
     rows = manager.get_queue("input")
     assert rows is not None
-    reader = threading.Thread(target=lambda: got.append(rows.get()))
+    reader = threading.Thread(target=lambda: got.append(rows.get()), daemon=True)
     reader.start()
     assert manager.get_queue("output") is not None
     rows.put("late")
@@ -149,7 +149,7 @@ def test_shutdown_leaves_nothing_and_can_be_repeated() -> None:
         except (EOFError, OSError) as error:
             ended.append(error)
 
-    waiting = threading.Thread(target=wait)
+    waiting = threading.Thread(target=wait, daemon=True)
     waiting.start()
     assert servers() == 1
     manager.shutdown()

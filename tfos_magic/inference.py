@@ -19,13 +19,14 @@ import functools
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from tfos_magic import archive, session
 from tfos_magic.cluster import Cluster
-from tfos_magic.errors import DataError, FeedError, RunInterrupted, UsageError
+from tfos_magic.errors import DataError, FeedError, RunInterrupted, RunTimeoutError, UsageError
 from tfos_magic.failures import python_reason
-from tfos_magic.feed.prepare import vectors_as_arrays, vectors_restored
+from tfos_magic.feed.prepare import columns_of, vectors_as_arrays, vectors_restored
 from tfos_magic.jobs import SparkJob
 from tfos_magic.options import RunOptions
 from tfos_magic.status import Event, PhaseChanged, RunEnded
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 _SAMPLE_ROWS = 4
 _PATIENCE_S = 600.0
 _QUEUE = "input"
+_RESULTS = "__tfos_results"
 _log = logging.getLogger(__name__)
 
 
@@ -50,7 +52,8 @@ class Inference:
     payload : Payload
         A function that returns a function of one batch (column name → array), or a Keras model.
     options : RunOptions
-        ``num_nodes``, ``batch_size``, and as ``features`` the columns that nodes get; all by default.
+        ``num_nodes``, ``batch_size``, and as ``features`` the columns that nodes get; all by default. ``timeout_s`` is
+        for getting ready and for :meth:`save`; nodes that wait for questions may wait for as long as they like.
     data : DataFrame
     schema : str, optional
         Names and types of the new columns, e.g. ``"score float, label long"``; found out with a few rows by default.
@@ -85,16 +88,16 @@ class Inference:
         self._asked = _require_columns(data, options.features, "--features")
         self._keep = _require_columns(data, keep, "--keep")
         wanted = self._parse(schema)
+        self._timeout_s = options.timeout_s
+        options = replace(options, timeout_s=None)
         self._cluster = Cluster(
             self._spark, payload, options, on_event=on_event, cell_names=cell_names or {}, queues=[_QUEUE]
         )
         with self._ending_on_error():
-            self._cluster.start()
-            self._cluster.wait_until(
-                lambda: all(node.is_predicting for node in self._cluster.fed_nodes), "Loading the model", None
-            )
-            on_event(PhaseChanged("ready: nodes wait for questions"))
+            self._cluster.start(timeout_s=self._timeout_s)
+            self._wait(lambda: all(node.is_predicting for node in self._cluster.fed_nodes), "load the model")
             self.frame = self._make_frame(wanted)
+            on_event(PhaseChanged("ready: nodes wait for questions"))
         self._watch = threading.Thread(target=self._tell_failure, name="tfos_magic watch", daemon=True)
         self._watch.start()
 
@@ -149,14 +152,21 @@ class Inference:
                 + ",".join(name for name in self._keep if name not in taken),
             )
         plan = {**self._plan(), "schema": session.arrow_schema(wanted).serialize().to_pybytes()}
-        kept = [field for field in plain.schema.fields if field.name in self._keep]
-        kept.sort(key=lambda field: self._keep.index(field.name))
-        result = plain.mapInArrow(_task("predict_batches", plan), type(plain.schema)([*kept, *wanted.fields]))
-        return vectors_restored(result, self._data)
+        function = session.arrow_function(_task("predict_column", plan), wanted)
+        if function is None:
+            kept = [plain.schema[name] for name in self._keep]
+            result = plain.mapInArrow(_task("predict_batches", plan), type(plain.schema)([*kept, *wanted.fields]))
+            return vectors_restored(result, self._data)
+        # Here what is only kept never leaves the JVM.
+        asked = columns_of(self._data, self._asked)
+        return self._data.select(
+            *columns_of(self._data, self._keep, as_arrays=False), function(*asked).alias(_RESULTS)
+        ).select(*[f"`{name}`" for name in self._keep], *[f"`{_RESULTS}`.`{name}`" for name in wanted.names])
 
     def _ask_schema(self, plain: DataFrame) -> Any:
         import pyarrow as pa
 
+        self._emit(PhaseChanged("asking for the result's types"))
         few = plain.limit(_SAMPLE_ROWS).coalesce(1)
         task = _task("predict_schema", self._plan())
         rows = self._run(lambda: few.mapInArrow(task, "schema binary").collect(), "ask for the result's types")
@@ -187,7 +197,7 @@ class Inference:
         group = f"tfos_magic-{self._cluster.id}-infer"
         job = SparkJob(self._spark.sparkContext, group, f"tfos_magic: {what}", action, self._wake)
         try:
-            self._cluster.wait_until(lambda: job.has_ended, what, None)
+            self._wait(lambda: job.has_ended, what)
         except BaseException:
             job.cancel()
             raise
@@ -197,6 +207,20 @@ class Inference:
             with self._cluster.changed:
                 self._cluster.raise_cause_of(error)
         return job.value
+
+    def _wait(self, is_done: Callable[[], bool], what: str) -> None:
+        """Wait for nodes or for a job, within the timeout."""
+
+        def is_over() -> bool:
+            if not is_done() and self._timeout_s is not None and self._cluster.elapsed_s > self._timeout_s:
+                raise RunTimeoutError(
+                    f"The timeout of {self._timeout_s:g} s was not enough to {what}.",
+                    cause="; ".join(f"{node.name} is {node.state.value}" for node in self._cluster.nodes),
+                    hint="Give it more time with --timeout, or look at the nodes' logs.",
+                )
+            return is_done()
+
+        self._cluster.wait_until(is_over, what, None)
 
     def _wake(self, job: SparkJob) -> None:
         with self._cluster.changed:

@@ -11,7 +11,9 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tfos_magic.errors import SessionError, TooFewSlotsError
@@ -166,22 +168,57 @@ def default_file_system(context: SparkContext) -> str:
     return str(context._jsc.hadoopConfiguration().get("fs.defaultFS") or "file:///")
 
 
+def is_local(context: SparkContext) -> bool:
+    """Return True where the driver's own JVM is the only executor."""
+    return context.master == "local" or str(context.master).startswith("local[")
+
+
 def is_dynamic(context: SparkContext) -> bool:
     """Return True under dynamic allocation, where Spark refuses barrier stages and slots come on demand."""
-    return (context.getConf().get("spark.dynamicAllocation.enabled") or "false").lower() == "true"
+    wanted = (context.getConf().get("spark.dynamicAllocation.enabled") or "false").lower() == "true"
+    return wanted and not is_local(context)  # where Spark ignores the setting
+
+
+@dataclass(frozen=True, order=True)
+class SlotLimit:
+    """How many slots there can be, and the setting that says so."""
+
+    slots: int
+    setting: str
+    value: str
+
+
+def slot_limit(context: SparkContext) -> SlotLimit | None:
+    """Return how far the slots of dynamic allocation can grow; None when no setting limits them."""
+    conf = context.getConf()
+    profile = _default_profile(context)
+    per_executor = int(profile.maxTasksPerExecutor(context._jsc.sc().conf()))
+    limits = []
+    setting = "spark.dynamicAllocation.maxExecutors"
+    value = conf.get(setting)
+    if value and profile.isCoresLimitKnown():  # else an executor has as many cores as its host
+        limits.append(SlotLimit(int(value) * per_executor, setting, value))
+    setting = "spark.cores.max"
+    value = conf.get(setting)
+    if value and str(context.master).startswith("spark://"):
+        limits.append(SlotLimit(int(value) // int(conf.get("spark.task.cpus") or 1), setting, value))
+    return min(limits, default=None)
 
 
 def slot_count(context: SparkContext) -> int:
     """Return how many tasks can run at the same time on the executors that are there now."""
-    scala = context._jsc.sc()
-    return int(scala.maxNumConcurrentTasks(scala.resourceProfileManager().defaultResourceProfile()))
+    return int(context._jsc.sc().maxNumConcurrentTasks(_default_profile(context)))
+
+
+def _default_profile(context: SparkContext) -> Any:
+    return context._jsc.sc().resourceProfileManager().defaultResourceProfile()
 
 
 def busy_slot_count(context: SparkContext) -> int:
     """Return how many tasks run now."""
-    tracker = context.statusTracker()
-    stages = map(tracker.getStageInfo, tracker.getActiveStageIds() or ())
-    return sum(stage.numActiveTasks for stage in stages if stage is not None)
+    # The scheduler's own count: the status tracker's lags behind by up to an executor's heartbeat, 10 s.
+    running = context._jsc.sc().taskScheduler().runningTasksByExecutors().values().mkString(",")
+    return sum(int(count) for count in running.split(",") if count)
 
 
 def require_slots(context: SparkContext, needed: int, on_wait: Callable[[int], None]) -> int:
@@ -202,8 +239,7 @@ def require_slots(context: SparkContext, needed: int, on_wait: Callable[[int], N
     """
     pause = threading.Event()
     slots = slot_count(context)
-    is_local = str(context.master).startswith("local[") or context.master == "local"
-    deadline = time.monotonic() + (0 if is_local else _EXECUTORS_TIMEOUT_S)
+    deadline = time.monotonic() + (0 if is_local(context) else _EXECUTORS_TIMEOUT_S)
     while slots < needed and time.monotonic() < deadline:
         on_wait(slots)
         pause.wait(0.2)  # Spark has no event for this that Python could wait on
@@ -220,6 +256,36 @@ def require_slots(context: SparkContext, needed: int, on_wait: Callable[[int], N
             hint=_slots_hint(context, needed, slots),
         )
     return slots
+
+
+def require_room(context: SparkContext, nodes: int, *, is_fed: bool) -> None:
+    """Refuse what dynamic allocation can never find the slots for; those that it can find may still take a while.
+
+    Parameters
+    ----------
+    context : SparkContext
+        Its executors come on demand.
+    nodes : int
+    is_fed : bool
+        Whether Spark tasks are to feed the nodes. The nodes hold their slots: an executor without a task looks idle to
+        Spark, which then ends it. So feeding takes one more.
+
+    Raises
+    ------
+    TooFewSlotsError
+    """
+    limit = slot_limit(context)
+    needed = nodes + is_fed
+    if limit is None or limit.slots >= needed:
+        return
+    feed = " and the tasks that feed them" if is_fed else ""
+    raise TooFewSlotsError(
+        f"{nodes} nodes{feed} need {needed} task slots; dynamic allocation can make {limit.slots}.",
+        needed=needed,
+        available=limit.slots,
+        cause=f"{limit.setting} is {limit.value}.",
+        hint=f"--executors {max(limit.slots - is_fed, 1)}, or a new session with a higher {limit.setting}.",
+    )
 
 
 def _slots_cause(context: SparkContext, slots: int) -> str:
@@ -249,3 +315,24 @@ def spark_schema(schema: Any) -> Any:
     from pyspark.sql.pandas.types import from_arrow_schema
 
     return from_arrow_schema(schema)
+
+
+def arrow_function(task: Callable[..., Any], result: Any) -> Any:
+    """Return a function of columns that goes from Arrow arrays to Arrow arrays; None before PySpark 4.1.
+
+    Parameters
+    ----------
+    task : callable
+        Takes an iterator of tuples of arrays and yields arrays, in all as many rows as came.
+    result : DataType
+    """
+    try:
+        from pyspark.sql.functions import arrow_udf
+        from pyspark.sql.pandas.functions import ArrowUDFType
+    except ImportError:
+        return None
+    with warnings.catch_warnings():
+        # It prefers type hints, which a function that ships itself by value does not have.
+        warnings.filterwarnings("ignore", "It is preferred to specify type hints", UserWarning)
+        function = arrow_udf(task, result, ArrowUDFType.SCALAR_ITER)
+    return function.asNondeterministic()  # else Spark computes it once for each field taken out of the result

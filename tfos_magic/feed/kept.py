@@ -54,7 +54,7 @@ class Kept:
 
         kept = pa.Table.from_batches(list(self._take(row_count))).combine_chunks()
         arrays = [pa.concat_arrays(column.chunks) for column in kept.columns]
-        arrays += [_cast(_found(results, field.name), field) for field in schema]
+        arrays += cast(results, schema).columns
         return pa.RecordBatch.from_arrays(arrays, names=[*self._names, *schema.names])
 
     def _take(self, row_count: int) -> Iterator[pa.RecordBatch]:
@@ -65,6 +65,19 @@ class Kept:
                 batch = batch.slice(0, row_count)
             row_count -= batch.num_rows
             yield batch
+
+
+def cast(results: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
+    """Return a node's results in the types of `schema`; others that it gives are left out.
+
+    Raises
+    ------
+    DataError
+        The results are not what the schema announces.
+    """
+    import pyarrow as pa
+
+    return pa.RecordBatch.from_arrays([_cast(_found(results, field.name), field) for field in schema], schema=schema)
 
 
 def _found(results: pa.RecordBatch, name: str) -> pa.Array:

@@ -51,14 +51,19 @@ def prepare(
     return df.select(*[_travelling(df, name, types[name]) for name in choice.names])
 
 
-def vectors_as_arrays(df: DataFrame) -> DataFrame:
-    """Return `df` with ML vectors as ``array<double>``: the form in which Python sees them in Arrow."""
-    vectors = _vectors(df)
+def columns_of(df: DataFrame, names: Sequence[str], *, as_arrays: bool = True) -> list[Column]:
+    """Return some columns, with ML vectors as ``array<double>``: the form in which Python sees them in Arrow."""
+    vectors = _vectors(df) if as_arrays else ()
     if not vectors:
-        return df
+        return [df[f"`{name}`"] for name in names]
     from pyspark.ml.functions import vector_to_array
 
-    return df.select(*[vector_to_array(df[f"`{n}`"]).alias(n) if n in vectors else df[f"`{n}`"] for n in df.columns])
+    return [vector_to_array(df[f"`{n}`"]).alias(n) if n in vectors else df[f"`{n}`"] for n in names]
+
+
+def vectors_as_arrays(df: DataFrame) -> DataFrame:
+    """Return `df` with ML vectors as ``array<double>``."""
+    return df.select(*columns_of(df, df.columns)) if _vectors(df) else df
 
 
 def vectors_restored(df: DataFrame, original: DataFrame) -> DataFrame:

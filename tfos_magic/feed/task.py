@@ -92,6 +92,19 @@ def predict_batches(
         yield kept.joined(_unpacked(data), row_count, schema)
 
 
+def predict_column(archive: bytes, plan: dict[str, Any], columns: Iterator[Any]) -> Iterator[pa.Array]:
+    """Yield what a node makes of the columns, as one column of structs in the plan's types."""
+    import pyarrow as pa
+
+    from tfos_magic.feed.kept import cast
+
+    schema = pa.ipc.read_schema(pa.py_buffer(plan["schema"]))
+    arrays = (each if isinstance(each, tuple) else (each,) for each in columns)
+    batches = (pa.RecordBatch.from_arrays(list(each), names=plan["asked"]) for each in arrays)
+    for data, _ in _asked(plan, batches):
+        yield cast(_unpacked(data), schema).to_struct_array()
+
+
 def predict_schema(archive: bytes, plan: dict[str, Any], batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     """Yield the types of the columns that a node makes of a few rows."""
     import pyarrow as pa
