@@ -6,7 +6,17 @@ from typing import Any
 import pytest
 
 from tfos_magic import completion
-from tfos_magic.arguments import HelpRequestedError, TrainLine, expand, parse_duration, parse_train, split
+from tfos_magic.arguments import (
+    HelpRequestedError,
+    InferLine,
+    TrainLine,
+    expand,
+    option_strings,
+    parse_duration,
+    parse_infer,
+    parse_train,
+    split,
+)
 from tfos_magic.errors import UsageError
 
 
@@ -213,6 +223,84 @@ def test_help_wins_over_everything(line: str) -> None:
         parsed(line)
 
 
+# --- inference -----------------------------------------------------------------------------------------------
+
+
+def test_every_option_of_inference_arrives() -> None:
+    line = parse_infer(
+        "model --executors 8 --data train_df.limit(3) --out preds --features age,income --keep label --batch-size 32 "
+        "--schema 'score float' --save {text}/out --mode overwrite --args params --timeout 1h --session spark2 "
+        "--dry-run --quiet",
+        names(),
+    )
+    assert line == InferLine(
+        executors=8,
+        function="model",
+        data=FRAME,
+        out="preds",
+        features=("age", "income"),
+        keep=("label",),
+        batch_size=32,
+        schema="score float",
+        save="word/out",
+        mode="overwrite",
+        args={"lr": 0.1},
+        timeout_s=3600.0,
+        session="spark2",
+        is_dry_run=True,
+        is_quiet=True,
+    )
+    small = parse_infer("-n 2 --data train_df --out p", names())
+    assert small == InferLine(executors=2, data=FRAME, out="p", batch_size=1024, mode="error")
+
+
+def test_a_schema_may_be_spark_s_own_object() -> None:
+    from pyspark.sql.types import FloatType, StructField, StructType
+
+    schema = StructType([StructField("score", FloatType())])
+    assert parse_infer("-n 2 --data train_df --out p --schema {schema}", names(schema=schema)).schema == (
+        "struct<score:float>"
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("-n 2 --out p", "--data is missing: which DataFrame? For example --data train_df."),
+        (
+            "-n 2 --data train_df",
+            "--out is missing: what is the DataFrame with the predictions to be called? --out preds.",
+        ),
+        ("--data train_df --out p", "--executors is missing: on how many executors? For example --executors 2."),
+        ("-n 2 --data train_df --out 1p", "--out 1p: a variable name is needed."),
+        ("-n 2 --data pandas_df --out p", "--data pandas_df: it is a pandas DataFrame; "),
+        ("-n 2 --data train_df --out p --mode append", "--mode append says how to write, but --save is missing"),
+        (
+            "-n 2 --data train_df --out p --save x --mode overwite",
+            "--mode overwite: one of error, errorifexists, overwrite, append, ignore is needed. "
+            "Did you mean 'overwrite'?",
+        ),
+        ("-n 2 --data train_df --out p --schema {n}", "--schema {n}: text is needed, not int."),
+        ("-n 2 --data train_df --out p --keep a,a", "--keep a,a: a is there twice."),
+        ("-n 2 --data train_df --out p --ps 1", "Unknown option --ps. "),
+        ("-n 2 --data train_df --ou p", "Unknown option --ou. Did you mean --out?"),
+    ],
+)
+def test_mistakes_of_inference_are_one_line_and_name_the_option(line: str, message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse_infer(line, names())
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+def test_help_of_inference_is_its_own() -> None:
+    with pytest.raises(HelpRequestedError, match="%%tfos_infer --executors N"):
+        parse_infer("--help", names())
+
+
+# --- durations, completion -----------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
     ("text", "seconds"),
     [
@@ -229,6 +317,13 @@ def test_help_wins_over_everything(line: str) -> None:
 )
 def test_durations(text: str, seconds: float | None) -> None:
     assert parse_duration(text) == seconds
+
+
+class Model:
+    def predict_on_batch(self, batch: Any) -> None: ...
+
+
+INFER_OPTIONS = [text for text in option_strings("tfos_infer") if text.startswith("--")]
 
 
 def function(args: Any, ctx: Any) -> None: ...
@@ -253,9 +348,18 @@ function.__module__ = "__main__"
         ("%tfos_train -n 2 fu", "fu", ["function"]),
         ("%%tfos_train -n 2 fu", "fu", []),
         ("%tfos_namedtuple re", "re", ["revert", "restore"]),
+        ("%%tfos_infer --k", "--k", ["--keep"]),
+        ("%%tfos_infer --data train_df --keep ", "", ["age", "income", "label"]),
+        ("%%tfos_infer --mode o", "o", ["overwrite"]),
+        ("%%tfos_infer --label ", "", INFER_OPTIONS),
+        ("%tfos_infer mo", "mo", ["model"]),
+        ("%tfos_infer -n 2 fu", "fu", ["function"]),
+        ("%tfos_stop ", "", ["preds"]),
+        ("%tfos_stop x", "x", []),
         ("%%time x", "x", None),
         ("tfos_train --ep", "--ep", None),
     ],
 )
 def test_completion(text: str, token: str, expected: list[str] | None) -> None:
-    assert completion.choices(text, token, names(function=function)) == expected
+    known = names(function=function, model=Model())
+    assert completion.choices(text, token, known, standing=["preds"]) == expected

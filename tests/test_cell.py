@@ -114,6 +114,106 @@ def test_a_trailing_semicolon_is_seen_past_comments(text: str, expected: bool) -
     assert has_trailing_semicolon(text) is expected
 
 
+# --- what predicts ------------------------------------------------------------------------------------------
+
+
+def predicting(body: str, namespace: dict[str, Any] | None = None) -> Any:
+    """What a cell of %%tfos_infer returns on a node, asked for a batch of 3."""
+    return made(body, namespace, predicts=True)("A", "C")(3)
+
+
+@pytest.mark.parametrize(
+    ("body", "answer"),
+    [
+        ("def predict(batch):\n    return batch * k", 6),
+        ("def predict(batch):\n    return batch * k\npredict", 6),
+        ("def predict(batch):\n    return batch * k\npredict;", 6),
+        ("def predict(batch):\n    return batch * k\npredict  ;  # quiet", 6),
+        ("def predict(batch):\n    return batch * k;", 6),
+        ("def one(batch): ...\ndef predict(batch, times=2, *, add=1):\n    return batch * times + add", 7),
+        ("def predict(*batches):\n    return batches", (3,)),
+        ("lambda batch: batch + k", 5),
+        ("predict = other = lambda batch: batch + k", 5),
+        ("predict: object = lambda batch: batch + k", 5),
+        ("class Scorer:\n    def __call__(self, batch): return batch + k\nScorer()", 5),
+        ("class Scorer:\n    def __call__(self, batch): return batch + k\nscorer = Scorer()", 5),
+        ("def made(kind): return kind()\n@made\nclass scorer:\n    def __call__(self, batch): return batch + k", 5),
+        ("import functools\ndef f(a, b): return a * b\nfunctools.partial(f, 4)", 12),
+        ("import functools\n@functools.lru_cache\ndef predict(batch): return batch + k", 5),
+        ("def fixed(f): return lambda batch: f(batch, 9)\n@fixed\ndef predict(batch, to): return to", 9),
+        ("def main_fun(args, ctx):\n    return lambda batch: [args, ctx, batch]", ["A", "C", 3]),
+        ("print('x')\ndef main_fun(args, ctx):\n    return lambda batch: [args, ctx, batch]", ["A", "C", 3]),
+        ("async def main_fun(args, ctx):\n    return lambda batch: [args, ctx, batch]", ["A", "C", 3]),
+        ("def main_fun(args, ctx):\n    return helper\ndef helper(batch): return batch", 3),
+        ("def load(args, ctx): return 4\nn = load(args, ctx)\ndef predict(batch): return batch + n", 7),
+        ("def a(args, ctx): ...\ndef b(args, ctx): ...\ndef predict(batch): return batch", 3),
+        ("(\n    lambda batch:\n    batch\n)", 3),
+    ],
+)
+def test_a_cell_that_predicts_gives_what_it_ends_with(body: str, answer: Any) -> None:
+    assert predicting(body, {"k": 2}) == answer
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("x = 1\npass", "Cell In[4], line 3: the cell ends with pass: nothing there predicts."),
+        ("import keras", "line 2: the cell ends with an import: "),
+        ("for i in []:\n    def predict(batch): ...", "line 2: the cell ends with a loop: "),
+        ("while k:\n    k = 0", "ends with a loop"),
+        ("if k:\n    def predict(batch): ...", "ends with an if: "),
+        ("with open('f') as f:\n    pass", "ends with a with block: "),
+        ("try:\n    x = 1\nexcept ValueError:\n    x = 2", "ends with a try block: "),
+        ("x = 1\ndel x", "ends with a del: "),
+        ("assert k", "ends with assert: "),
+        ("a, b = k, k", "ends with a tuple, and that does not predict."),
+        ("a, b = k", "ends with an assignment to something else than one name: "),
+        ("k.x = k", "ends with an assignment to something else than one name: "),
+        ("x: int", "ends with an annotation without a value: "),
+        ("x = 5", "ends with 5, and that does not predict."),
+        ("'A docstring.'", "ends with 'A docstring.', and that does not predict."),
+        ("None", "ends with None, and"),
+        ("{'score': k}", "ends with a dict, and"),
+        ("[x for x in k]", "ends with a list, and"),
+        ("k == 2", "ends with a comparison, and"),
+        ("# nothing but a comment", "Cell In[4] is empty: what should predict?"),
+        ("async def predict(batch): ...", "line 2: predict is async, and nodes await nothing for a batch."),
+        ("class Scorer:\n    def predict(self, batch): ...", "ends with class Scorer; a class does not predict"),
+        ("def predict(): ...", "line 2: predict() cannot be called with one batch."),
+        ("def predict(a, b): ...", "line 2: predict(a, b) cannot be called with one batch."),
+        ("def predict(a, *, b): ...", "line 2: predict(a, *, b) cannot be called with one batch."),
+        ("predict = lambda a, b: a", "the lambda(a, b) cannot be called with one batch."),
+    ],
+)
+def test_a_cell_that_ends_with_nothing_that_predicts_is_refused(body: str, words: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        made(body, {"k": 2}, predicts=True)
+    assert words in caught.value.fact
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("body", ["print(k)", "k", "k.attribute", "k[0]", "await k", "f if k else k", "k @ k"])
+def test_what_only_the_node_can_know_is_left_to_it(body: str) -> None:
+    made(body, {"k": 2, "f": 3}, predicts=True)
+
+
+def test_a_cell_that_predicts_has_its_own_lines_and_source(child: Child) -> None:
+    body = "import inspect\n\ndef predict(batch):\n    return batch / 0"
+    function = made(body, predicts=True)
+    assert function.text == f"\n{body}"
+    with pytest.raises(ZeroDivisionError) as caught:
+        function(None, None)(1)
+    frames = [(f.lineno, f.name) for f in traceback.extract_tb(caught.value.__traceback__) if f.filename == "<cell>"]
+    assert frames == [(5, "predict")]
+    source = child.run(made("import inspect\ndef main(args, ctx):\n    return inspect.getsource(main)", predicts=True))
+    assert source == "def main(args, ctx):\n    return inspect.getsource(main)"
+
+
+def test_what_predicts_may_leave_behind_what_it_can_do_without() -> None:
+    function = made("if args:\n    k = 1\ndef predict(batch):\n    return k", {"k": 2}, predicts=True)
+    assert function.without(["k"])(True, None)(0) == 1
+
+
 # --- which names it takes along -----------------------------------------------------------------------------
 
 NOTEBOOK = dict.fromkeys(["model", "cfg", "data", "loss", "x", "f"], 1)
@@ -402,6 +502,21 @@ def test_type_parameters_and_aliases() -> None:
     body = "type A[T] = list[T]\ndef first[T](xs: A[T]) -> T:\n    return xs[k]\nclass Box[T]:\n    v: T\nfirst([1, 2])"
     assert sorted(made(body, {"k": 1, "T": 0}).captured) == ["k"]
     assert value_of(body, {"k": 1}) == 2
+
+
+def test_what_traceback_printers_hang_onto_syntax_trees_is_not_followed() -> None:
+    """IPython's gives every node a parent; contexts like Load are one object for all trees of the process."""
+
+    class Elsewhere:
+        def __deepcopy__(self, memo: Any) -> Any:
+            raise AssertionError("a large tree of somebody else's")
+
+    shared = ast.parse("x", mode="eval").body.ctx  # type: ignore[attr-defined]
+    shared.parent = Elsewhere()
+    try:
+        assert sorted(made("y = [x for x in data]\ny", NOTEBOOK).captured) == ["data"]
+    finally:
+        del shared.parent
 
 
 def test_reading_a_cell_takes_milliseconds() -> None:

@@ -9,63 +9,20 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from child_fixture import Child
+from fake_services import FakeServices
 from shell_fixture import TestingShell, running_shell
 
 import tfos_magic
-from tfos_magic import cluster, magics, shipping
+from tfos_magic import magics, shipping
 from tfos_magic.errors import NodeError, RemoteException, RemoteFrame, ShippingError, UsageError
 
 PACKAGE_ROOT = Path(tfos_magic.__file__).parents[1]
-
-
-@dataclass
-class FakeServices:
-    """Everything beyond shipping: no Spark, no board."""
-
-    calls: list[SimpleNamespace] = field(default_factory=list)
-    boards: list[tuple[Any, bool]] = field(default_factory=list)
-    said: list[str] = field(default_factory=list)
-    found: Any = "a session"
-    outcome: Any = "the result"
-    cluster: Any = None
-    session: Any = None
-    widgets: Any = None
-    namedtuple_patch: Any = None
-
-    def __post_init__(self) -> None:
-        self.cluster = SimpleNamespace(
-            RunOptions=cluster.RunOptions, run=self._run, plan=lambda spark, options: ["the plan"]
-        )
-        self.session = SimpleNamespace(find_session=lambda namespace, name=None: self.found, local_session=self._local)
-        self.widgets = SimpleNamespace(LiveBoard=self._board)
-        self.namedtuple_patch = SimpleNamespace(**{name: self._patch(name) for name in ("status", "revert", "restore")})
-
-    def _run(self, spark: Any, payload: Any, options: Any, **more: Any) -> Any:
-        self.calls.append(SimpleNamespace(spark=spark, payload=payload, options=options, **more))
-        if isinstance(self.outcome, BaseException):
-            raise self.outcome
-        return self.outcome
-
-    def _local(self, slots: int) -> str:
-        return f"local[{slots}]"
-
-    def _board(self, board: Any, shell: Any, *, quiet: bool = False) -> Any:
-        self.boards.append((board, quiet))
-        return __import__("contextlib").nullcontext()
-
-    def _patch(self, name: str) -> Any:
-        def act() -> SimpleNamespace:
-            self.said.append(name)
-            return SimpleNamespace(summary=f"namedtuple patch: {name}")
-
-        return act
 
 
 @pytest.fixture
@@ -332,7 +289,7 @@ def test_namedtuple_magic_is_thin(shell: TestingShell, services: FakeServices) -
 _INJECT = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-from test_magics import FakeServices
+from fake_services import FakeServices
 from tfos_magic import magics
 services = FakeServices()
 magics.load(get_ipython(), services)

@@ -28,6 +28,7 @@ from tfos_magic.status import (
     BoardView,
     GpuSample,
     MachineSample,
+    NodeBeat,
     NodeChanged,
     NodeLogged,
     NodeState,
@@ -375,6 +376,51 @@ def test_an_exception_that_the_board_was_not_told_of_is_in_the_record(error, wor
     with pytest.raises(type(error)), LiveBoard(StatusBoard(), kernel_shell(publisher)):
         raise error
     assert words_ in publisher.published[-1][0]["text/html"]
+
+
+def ready_board() -> StatusBoard:
+    """A board of nodes that have loaded, one of which waits for data, as nodes without questions do."""
+    board = StatusBoard()
+    board.apply(RunPlanned("Cell In[4] on 2 nodes", ("worker:0", "worker:1")))
+    for name in ("worker:0", "worker:1"):
+        board.apply(NodeChanged(name, NodeState.RUNNING, "host", at=time.time() - 60))
+        board.apply(NodeBeat(name, 4, 4, 59.0, MachineSample(1.0, 2**30)))
+    board.apply(NodeChanged("worker:1", NodeState.WAITING))
+    return board
+
+
+@pytest.mark.parametrize("shell", ["kernel", "terminal", "quiet"])
+def test_what_goes_on_after_the_cell_leaves_a_record_that_it_is_ready(shell, capsys):
+    publisher = Publisher()
+    with LiveBoard(
+        ready_board(),
+        SimpleNamespace() if shell == "terminal" else kernel_shell(publisher),
+        quiet=shell == "quiet",
+        lasting=True,
+    ):
+        pass
+    bundle = publisher.published[-1][0] if publisher.published else {"text/plain": capsys.readouterr().out}
+    for drawn in bundle.values():
+        assert "ready after" in drawn
+        assert "nodes wait for questions" in drawn
+        for wrong in ("waiting for data", "input-bound", "◐", "stopped", "failed", "done"):
+            assert wrong not in drawn
+    if shell != "quiet":
+        assert all(drawn.count("●") >= 2 for drawn in bundle.values())
+
+
+def test_a_run_that_is_not_to_last_is_not_called_ready():
+    publisher = Publisher()
+    with LiveBoard(ready_board(), kernel_shell(publisher)):
+        pass
+    assert "ready" not in publisher.published[-1][0]["text/html"]
+    with pytest.raises(KeyboardInterrupt), LiveBoard(ready_board(), kernel_shell(publisher), lasting=True):
+        raise KeyboardInterrupt
+    assert "stopped after" in publisher.published[-1][0]["text/html"]
+    board = ready_board()
+    with LiveBoard(board, kernel_shell(publisher), lasting=True):
+        board.apply(RunEnded("failed", "no"))
+    assert "failed after" in publisher.published[-1][0]["text/html"]
 
 
 def test_a_front_end_that_fails_is_logged_once_and_does_not_reach_the_run(caplog):

@@ -7,7 +7,8 @@ Runs on: driver, where the cell is read; executors, where it is run.
 
 Two forms are understood. *Body*: the cell runs as a cell does, with ``args`` and ``ctx`` there, and the value of its
 last expression is returned. *Function*: a cell that only defines things, one of them a function of ``(args, ctx)``,
-is TensorFlowOnSpark's ``map_fun``: that function is called.
+is TensorFlowOnSpark's ``map_fun``: that function is called. A body that predicts also returns what its last statement
+defines or assigns: see :mod:`tfos_magic.ending`.
 
 On the far side the cell and the notebook's own functions share one namespace, as they do in the notebook.
 """
@@ -16,7 +17,6 @@ from __future__ import annotations
 
 import ast
 import builtins
-import copy
 import difflib
 import importlib
 import inspect
@@ -31,6 +31,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+from tfos_magic import ending
 from tfos_magic.errors import UsageError
 
 PARAMETERS = ("args", "ctx")
@@ -55,6 +56,7 @@ def map_function(
     first_line: int = 2,
     label: str = "the cell",
     flags: int = 0,
+    predicts: bool = False,
 ) -> CellFunction:
     """Turn a cell's text into a function of ``(args, ctx)``.
 
@@ -72,6 +74,8 @@ def map_function(
         How messages call the cell, e.g. ``Cell In[4]``.
     flags : int
         ``__future__`` flags that earlier cells have switched on.
+    predicts : bool
+        The cell is to leave something that predicts, be it an expression or a name.
 
     Returns
     -------
@@ -82,13 +86,16 @@ def map_function(
     SyntaxError
         The cell is not Python; file and line are those of the cell.
     UsageError
-        IPython syntax, a name that exists nowhere, or a cell in which nothing would run.
+        IPython syntax, a name that exists nowhere, or a cell in which nothing would run, or predict.
     """
     text = "\n" * (first_line - 1) + body
     tree = _parse(text, filename, label, flags)
     compile(_with_value(tree, text), filename, "exec", flags | _AWAIT, dont_inherit=True)  # "'return' outside function"
-    entry = _entry_point(tree, label)
-    names = _NameReader(flags, _future_imports(tree)).read(tree.body, entry)
+    entry = _entry_point(tree, label, predicts)
+    if predicts and entry is None:
+        ending.require_predictor(tree, label)
+    own = _compile_tree(text, filename, flags)  # the reader changes what it reads
+    names = _NameReader(flags, _future_imports(tree)).read(own.body, entry)
     lines = _first_lines(tree)
     _check_names(names, lines, namespace, label)
     captured = tuple(name for name in names.reads if name in namespace and not _is_shadowed_builtin(name, namespace))
@@ -98,6 +105,7 @@ def map_function(
         label=label,
         flags=flags,
         entry=entry,
+        predicts=predicts,
         lines={name: lines[name] for name in captured if name in lines},
         optional=frozenset(captured) & names.bound,
         submodules=_submodules(tree, namespace),
@@ -117,6 +125,8 @@ class CellFunction:
         Where IPython compiled it; how people call it.
     entry : str or None
         The function to call in function form; None in body form.
+    predicts : bool
+        In body form: the value is also what the last statement defines or assigns.
     lines : dict of str to int
         Captured name → the first line that uses it.
     optional : frozenset of str
@@ -135,6 +145,7 @@ class CellFunction:
         label: str,
         flags: int,
         entry: str | None,
+        predicts: bool,
         lines: Mapping[str, int],
         optional: frozenset[str],
         submodules: tuple[str, ...],
@@ -146,6 +157,7 @@ class CellFunction:
         self.label = label
         self.flags = flags
         self.entry = entry
+        self.predicts = predicts
         self.lines = dict(lines)
         self.optional = optional
         self.submodules = submodules
@@ -196,6 +208,7 @@ class CellFunction:
             label=self.label,
             flags=self.flags,
             entry=self.entry,
+            predicts=self.predicts,
             lines=self.lines,
             optional=self.optional,
             submodules=self.submodules,
@@ -208,7 +221,7 @@ class CellFunction:
             warnings.simplefilter("ignore", SyntaxWarning)  # already shown in the notebook
             flags = self.flags | _AWAIT
             tree = _compile_tree(self.text, self.filename, flags)
-            code = compile(_with_value(tree, self.text), self.filename, "exec", flags, dont_inherit=True)
+            code = compile(_with_value(tree, self.text, self.predicts), self.filename, "exec", flags, dont_inherit=True)
         _finish(eval(code, namespace))
         return namespace.pop(_VALUE, None)
 
@@ -290,15 +303,20 @@ def _refuse_ipython_syntax(error: SyntaxError, text: str, label: str) -> None:
     ) from None
 
 
-def _with_value(tree: ast.Module, text: str) -> ast.Module:
-    """Bind the value of the last expression, unless a semicolon follows it."""
+def _with_value(tree: ast.Module, text: str, predicts: bool = False) -> ast.Module:
+    """Bind the value of the last expression, unless a semicolon follows it; or of the last name, if it predicts."""
     last = tree.body[-1] if tree.body else None
-    if not isinstance(last, ast.Expr) or has_trailing_semicolon(text):
+    name = ending.bound_name(last) if predicts else None
+    if isinstance(last, ast.Expr) and (predicts or not has_trailing_semicolon(text)):
+        kept, value = tree.body[:-1], last.value
+    elif last is not None and name is not None:
+        kept, value = tree.body, ast.copy_location(ast.Name(name, ast.Load()), last)
+    else:
         return tree
-    assign = ast.Assign(targets=[ast.Name(_VALUE, ast.Store())], value=last.value)
+    assign = ast.Assign(targets=[ast.Name(_VALUE, ast.Store())], value=value)
     ast.copy_location(assign, last)
     ast.copy_location(assign.targets[0], last)
-    return ast.Module([*tree.body[:-1], assign], tree.type_ignores)
+    return ast.Module([*kept, assign], tree.type_ignores)
 
 
 _BLANK_TOKENS = frozenset(
@@ -322,15 +340,18 @@ _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import,
 _ASSIGNMENTS = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Delete, ast.Pass)
 
 
-def _entry_point(tree: ast.Module, label: str) -> str | None:
+def _entry_point(tree: ast.Module, label: str, predicts: bool = False) -> str | None:
     """Return the name of the cell's map function in function form, None in body form."""
+    last = tree.body[-1] if tree.body else None
+    if predicts and isinstance(last, ast.FunctionDef | ast.AsyncFunctionDef) and _parameters(last) == PARAMETERS:
+        return last.name  # whatever runs above it
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
     if not functions or not all(_only_defines(node) for node in _skip_docstring(tree.body)):
         return None
     candidates = [node.name for node in functions if _parameters(node) == PARAMETERS]
     if len(candidates) == 1 and candidates[0] not in _names_read_by_statements(tree.body):
         return candidates[0]
-    if all(isinstance(node, _DEFINITIONS) for node in _skip_docstring(tree.body)):
+    if not predicts and all(isinstance(node, _DEFINITIONS) for node in _skip_docstring(tree.body)):
         raise UsageError(_nothing_runs(label, [node.name for node in functions], candidates))
     return None
 
@@ -501,9 +522,9 @@ class _NameReader:
         self._names = _Names(bound=set(PARAMETERS))
 
     def read(self, body: Sequence[ast.stmt], entry: str | None) -> _Names:
-        """Return what `body` does with names; `entry` is called after it."""
+        """Return what `body` does with names; `entry` is called after it. Comprehensions in `body` are rewritten."""
         assigned = set(PARAMETERS)
-        self._block([_AsGenerators().visit(copy.deepcopy(node)) for node in body], assigned)
+        self._block([_AsGenerators().visit(node) for node in body], assigned)
         if entry:
             self._load([entry], assigned)
         for pending in list(self._deferred.values()):  # nobody mentioned them: frameworks may still call them

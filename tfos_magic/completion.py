@@ -6,7 +6,7 @@ Runs on: notebook. Knows nothing of IPython: text in, choices out.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tfos_magic import arguments
@@ -14,16 +14,21 @@ from tfos_magic import arguments
 NAMEDTUPLE_ACTIONS = ("status", "revert", "restore")
 
 _LINE = re.compile(r"^\s*(?P<percent>%{1,2})(?P<magic>tfos_\w+)[ \t](?P<rest>.*)$")
-_COLUMNS = frozenset({"--label", "--features", "--weight"})
+_COLUMNS = frozenset({"--label", "--features", "--weight", "--keep"})
 _CHOOSERS: Mapping[str, arguments.Chooser] = {
     "--data": arguments.names_of_frames,
     "--validation": arguments.names_of_frames,
     "--session": arguments.names_of_sessions,
     "--args": arguments.names_of_arguments,
+    "--mode": lambda _: list(arguments.SAVE_MODES),
+}
+_RUNNABLE: Mapping[str, arguments.Chooser] = {
+    "tfos_train": arguments.names_of_functions,
+    "tfos_infer": arguments.names_of_predictors,
 }
 
 
-def choices(text: str, token: str, namespace: Mapping[str, Any]) -> list[str] | None:
+def choices(text: str, token: str, namespace: Mapping[str, Any], standing: Sequence[str] = ()) -> list[str] | None:
     """Return what may stand in place of `token`; None when the line is none of our magics.
 
     Parameters
@@ -34,29 +39,37 @@ def choices(text: str, token: str, namespace: Mapping[str, Any]) -> list[str] | 
         What the completer takes for the word at its end.
     namespace : mapping of str to object
         The notebook's globals.
+    standing : sequence of str
+        What ``%tfos_stop`` can stop.
     """
     match = _LINE.match(text)
     if match is None:
         return None
-    if match["magic"] == "tfos_namedtuple":
+    magic = match["magic"]
+    if magic == "tfos_namedtuple":
         found = list(NAMEDTUPLE_ACTIONS)
-    elif match["magic"] == "tfos_train":
-        found = _train_choices(match["rest"], is_line=match["percent"] == "%", namespace=namespace)
+    elif magic == "tfos_stop":
+        found = list(standing)
+    elif magic in arguments.PARSERS:
+        chooser = _RUNNABLE[magic] if match["percent"] == "%" else None
+        found = _options_and_names(magic, match["rest"], chooser, namespace)
     else:
         return None
     return [each for each in found if each.startswith(token)]
 
 
-def _train_choices(rest: str, *, is_line: bool, namespace: Mapping[str, Any]) -> list[str]:
+def _options_and_names(
+    magic: str, rest: str, chooser: arguments.Chooser | None, namespace: Mapping[str, Any]
+) -> list[str]:
     before, _, current = rest.rpartition(" ")
     words = before.split()
     option = current.partition("=")[0] if "=" in current else (words[-1] if words else "")
-    actions = arguments.option_strings()
+    actions = arguments.option_strings(magic)
     if option in actions and actions[option].nargs != 0:
         return _values(option, rest, namespace)
     unused = [text for text in actions if text not in words and text.startswith("--")]
-    functions = arguments.names_of_functions(namespace) if is_line else []
-    return unused if current.startswith("-") else [*functions, *unused]
+    names = chooser(namespace) if chooser is not None else []
+    return unused if current.startswith("-") else [*names, *unused]
 
 
 def _values(option: str, rest: str, namespace: Mapping[str, Any]) -> list[str]:

@@ -6,7 +6,6 @@ Runs on: driver.
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -39,8 +38,15 @@ class Launch:
         self._job: SparkJob | None = None
         self._local_nodes: LocalNodes | None = None
 
-    def require_slots(self, emit: Callable[[Event], None]) -> None:
+    def require_slots(self, emit: Callable[[Event], None], *, is_fed: bool = False) -> None:
         """Wait until there are slots enough; they may still be busy.
+
+        Parameters
+        ----------
+        emit : callable(Event)
+            Told what is waited for.
+        is_fed : bool
+            Whether Spark tasks are to feed the nodes.
 
         Raises
         ------
@@ -48,8 +54,8 @@ class Launch:
         """
         needed = len(self._remote) if self._options.waits_for_all else 1
         if session.is_dynamic(self._context):
+            session.require_room(self._context, needed, is_fed=is_fed)
             emit(PhaseChanged(f"waiting for executors: {needed} slots needed"))
-            self._slots = sys.maxsize
             return
         self._slots = session.require_slots(
             self._context, needed, lambda now: emit(PhaseChanged(f"waiting for executors: {now} of {needed} slots"))
@@ -77,8 +83,7 @@ class Launch:
             "keep_env": session.kept_environment(self._context),
             "default_fs": session.default_file_system(self._context),
             "preload": self._options.preload,
-            # Feeding takes at least one more slot. Independent nodes are not fed, and their slots are others' turns.
-            "hold": self._slots > len(self._remote) or self._options.is_independent,
+            "hold": self._is_holding(),
         }
         self._local_nodes = LocalNodes(self._local, {**config, "hold": True}, payload)
         task = functools.partial(archive.by_value("tfos_magic.node.launch:launch", archive.build()), config, payload)
@@ -87,6 +92,15 @@ class Launch:
         is_barrier = self._options.waits_for_all and not session.is_dynamic(self._context)
         tasks = rdd.barrier().mapPartitions(task) if is_barrier else rdd.mapPartitions(task)
         self._job = SparkJob(self._context, group, f"tfos_magic: {len(self._remote)} nodes", tasks.collect, on_end)
+
+    def _is_holding(self) -> bool:
+        """Return whether the nodes can keep their slots to themselves."""
+        if self._options.is_independent:  # they are not fed, and their slots are others' turns
+            return True
+        if session.is_dynamic(self._context):  # it ends executors that look idle, and makes more when slots are wanted
+            return True
+        # Feeding takes at least one more slot, and what other runs hold will not come free before they end.
+        return self._slots - session.busy_slot_count(self._context) > len(self._remote)
 
     def cancel(self) -> None:
         """Ask Spark to kill the tasks."""

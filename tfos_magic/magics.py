@@ -1,21 +1,23 @@
 """The magics: parse the line, call one function, display the result.
 
-Runs on: notebook. The only module besides ``widgets`` that knows IPython.
+Runs on: notebook. With ``notebook`` and ``widgets`` the only module that knows IPython.
 
     %load_ext tfos_magic ──► load(shell) ──► Extension     owns all that is put into the shell; takes it back
-    %%tfos_train line, cell
-        │ arguments.parse_train     the line, checked
-        ▼ cell.map_function         the cell, as a function
-        ▼ shipping.pack             function and args, as bytes; or what is wrong with them
-        ▼ session                   the notebook's Spark, or a local one
-        ▼ cluster.run               inside widgets.LiveBoard
-    RunResult ──► --out NAME, or the cell's value
+    %%tfos_train line, cell          %%tfos_infer line, cell
+        │ arguments.parse_…              the line, checked
+        ▼ notebook.cell_function         the cell, as a function
+        ▼ shipping.pack                  function and args, as bytes; or what is wrong with them
+        ▼ session                        the notebook's Spark, or a local one
+        ▼ cluster.run                    inference.Inference      both inside widgets.LiveBoard
+    RunResult ──► --out NAME         DataFrame ──► --out NAME     its nodes stand until %tfos_stop
+                  or the cell's value
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import difflib
 import importlib
 import importlib.metadata
@@ -25,16 +27,17 @@ from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
-import IPython
 from IPython.core.completer import SimpleCompletion, context_matcher
 from IPython.core.magic import no_var_expand
 
 import tfos_magic
-from tfos_magic import arguments, completion, shipping
-from tfos_magic.arguments import HelpRequestedError, TrainLine
-from tfos_magic.cell import CellFunction, has_trailing_semicolon, map_function
+from tfos_magic import arguments, completion, dry_run, shipping
+from tfos_magic.arguments import HelpRequestedError, InferLine, Line, TrainLine
+from tfos_magic.cell import CellFunction, has_trailing_semicolon
 from tfos_magic.errors import TfosError, UsageError
-from tfos_magic.status import StatusBoard
+from tfos_magic.notebook import Notebook
+from tfos_magic.standing import StandingInferences, Stopped
+from tfos_magic.status import RunPlanned, StatusBoard
 
 if TYPE_CHECKING:
     from IPython.core.completer import CompletionContext, SimpleMatcherResult
@@ -43,8 +46,8 @@ if TYPE_CHECKING:
     from tfos_magic.cluster import RunOptions
     from tfos_magic.shipping import Payload
 
-_MAGICS = {"tfos_train": "line_cell", "tfos_namedtuple": "line"}
-_USES_TENSORFLOW = ("tensorflow", "keras", ".dataset(", ".distribute(", ".strategy(")
+_MAGICS = {"tfos_train": "line_cell", "tfos_infer": "line_cell", "tfos_stop": "line", "tfos_namedtuple": "line"}
+_SERVICES = ("cluster", "inference", "namedtuple_patch", "session", "widgets")
 _TENSORFLOW = ("tensorflow", "tensorflow-cpu", "tf-nightly", "tensorflow-macos", "tensorflow-intel")
 
 
@@ -66,13 +69,13 @@ class Services:
     """The modules behind the magics, imported when they are first needed; tests give their own."""
 
     def __getattr__(self, name: str) -> ModuleType:
-        if name not in ("cluster", "namedtuple_patch", "session", "widgets"):
+        if name not in _SERVICES:
             raise AttributeError(name)
         return importlib.import_module(f"tfos_magic.{name}")
 
 
 class Extension:
-    """All that is put into one shell.
+    """All that is put into one shell, and the inferences that stand in it.
 
     Parameters
     ----------
@@ -83,6 +86,8 @@ class Extension:
     def __init__(self, shell: InteractiveShell, services: Services) -> None:
         self._shell = shell
         self._services = services
+        self._notebook = Notebook(shell)
+        self._standing = StandingInferences()
 
     # --- coming and going ---
 
@@ -97,7 +102,7 @@ class Extension:
         print(f"tfos_magic {tfos_magic.__version__}: {_versions()}; {report.summary}; {self._describe_session()}")
 
     def unload(self) -> None:
-        """Take back what :meth:`load` did."""
+        """Take back what :meth:`load` did, and end what stands."""
         manager = self._shell.magics_manager
         for name in _MAGICS:
             manager.magics["line"].pop(name, None)
@@ -110,12 +115,13 @@ class Extension:
             with contextlib.suppress(ValueError):
                 self._shell.Completer.custom_matchers.remove(self.match)
         self._services.namedtuple_patch.restore()
+        _tell_errors(self._standing.stop(self._standing.names))
 
     def _describe_session(self) -> str:
         if "pyspark" not in sys.modules:
             return "no Spark session yet"
         try:
-            found = self._services.session.find_session(self._namespace)
+            found = self._services.session.find_session(self._notebook.namespace)
         except TfosError as error:
             return error.fact
         if found is None:
@@ -130,10 +136,40 @@ class Extension:
         """Train on executors; the parser's help text takes this one's place."""
         with _help_on_request():
             if cell is None and not line.strip():
-                raise HelpRequestedError
-            return self._train(arguments.parse_train(line, self._namespace), cell)
+                raise HelpRequestedError(arguments.train_parser().format_help())
+            return self._train(arguments.parse_train(line, self._notebook.namespace), cell)
 
     tfos_train.__doc__ = arguments.train_parser().format_help()
+
+    @no_var_expand
+    def tfos_infer(self, line: str, cell: str | None = None) -> None:
+        """Predict on executors; the parser's help text takes this one's place."""
+        with _help_on_request():
+            if cell is None and not line.strip():
+                raise HelpRequestedError(arguments.infer_parser().format_help())
+            self._infer(arguments.parse_infer(line, self._notebook.namespace), cell)
+
+    tfos_infer.__doc__ = arguments.infer_parser().format_help()
+
+    @no_var_expand
+    def tfos_stop(self, line: str) -> None:
+        """End the nodes that wait for questions: those of one DataFrame, or all.
+
+        %tfos_stop [NAME]
+
+        NAME is what %%tfos_infer --out has called the DataFrame. It cannot be computed again after that; what has been
+        computed from it stays. Nodes also end with %unload_ext tfos_magic, with the kernel, and when %%tfos_infer --out
+        gives the same NAME to another DataFrame.
+        """
+        with _help_on_request():
+            words = arguments.split(line)
+            if "--help" in words or "-h" in words:
+                raise HelpRequestedError(inspect.getdoc(self.tfos_stop))
+            stopped = self._standing.stop(self._names_to_stop(words))
+            for each in stopped:
+                if each.error is None:
+                    print(f"{each.name}: {_nodes(each.num_nodes)} stopped.")
+            _raise_errors(stopped)
 
     @no_var_expand
     def tfos_namedtuple(self, line: str) -> None:
@@ -144,8 +180,7 @@ class Extension:
         with _help_on_request():
             action = line.strip() or "status"
             if action in ("--help", "-h"):
-                print(inspect.getdoc(self.tfos_namedtuple))
-                return
+                raise HelpRequestedError(inspect.getdoc(self.tfos_namedtuple))
             if action not in completion.NAMEDTUPLE_ACTIONS:
                 close = difflib.get_close_matches(action, completion.NAMEDTUPLE_ACTIONS, n=1)
                 hint = f"Did you mean {close[0]}?" if close else "One of status, revert, restore."
@@ -155,93 +190,35 @@ class Extension:
     @context_matcher()  # type: ignore[untyped-decorator]  # IPython's
     def match(self, context: CompletionContext) -> SimpleMatcherResult:
         """Complete options and names on the lines of our magics."""
-        found = completion.choices(context.text_until_cursor, context.token, self._namespace)
+        found = completion.choices(
+            context.text_until_cursor, context.token, self._notebook.namespace, standing=self._standing.names
+        )
         completions = [
             SimpleCompletion(text, type="param" if text.startswith("-") else "instance") for text in found or ()
         ]
         return cast("SimpleMatcherResult", {"completions": completions, "suppress": bool(found)})
 
-    # --- a run ---
-
-    @property
-    def _namespace(self) -> dict[str, Any]:
-        return cast("dict[str, Any]", self._shell.user_ns)
+    # --- training ---
 
     def _train(self, wanted: TrainLine, cell: str | None) -> Any:
         function = self._function(wanted, cell)
-        args = _args(wanted)
-        payload = shipping.pack(function, args=args)
-        options = self._options(wanted, function, payload)
-        for warning in payload.warnings:
-            print(f"warning: {warning}", file=sys.stderr)
-        if wanted.is_dry_run:
-            self._show_plan(wanted, payload, options)
-            return None
-        result = self._run(wanted, payload, options)
-        if wanted.out:
-            self._namespace[wanted.out] = result
-        is_silent = wanted.out or wanted.is_quiet or has_trailing_semicolon(cell or "")
-        return None if is_silent else result
-
-    def _function(self, wanted: TrainLine, cell: str | None) -> Callable[..., Any]:
-        if cell is None:
-            return self._named_function(wanted.function)
-        if wanted.function is not None:
-            raise UsageError(f"Unexpected {wanted.function!r}: with a cell, the cell is the function.")
-        if not cell.strip():
-            raise UsageError("The cell is empty: what should the nodes run?")
-        label = self._label
-        try:
-            return map_function(
-                cell,
-                self._namespace,
-                filename=self._running_filename(),
-                label=label,
-                flags=self._shell.compile.flags & _future_flags(),
-            )
-        except SyntaxError as error:
-            raise _syntax_error(error, cell, label) from None
-
-    def _named_function(self, name: str | None) -> Callable[..., Any]:
-        if name is None:
-            raise UsageError(
-                "Nothing to run: give the name of a function of (args, ctx), or write %%tfos_train above a cell."
-            )
-        function = self._namespace.get(name)
-        if function is None:
-            close = arguments.did_you_mean(name, arguments.names_of_functions(self._namespace))
-            raise UsageError(f"NAME {name}: the notebook has no such function.{close}")
-        if not callable(function) or not _takes_two(function):
-            raise UsageError(f"NAME {name}: a function of (args, ctx) is needed, not {_signature(function)}.")
-        return cast("Callable[..., Any]", function)
-
-    def _options(self, wanted: TrainLine, function: Callable[..., Any], payload: Payload) -> RunOptions:
         # A body knows nothing of parameter servers: they serve, and the chief runs it. A function of (args, ctx)
         # follows TensorFlowOnSpark, and looks at ctx.job_name itself.
         is_body = isinstance(function, CellFunction) and function.entry is None
-        options: RunOptions = self._services.cluster.RunOptions(
-            num_nodes=wanted.executors,
-            num_ps=wanted.ps,
-            chief=wanted.chief,
-            evaluator=wanted.evaluator,
-            epochs=wanted.epochs,
-            batch_size=wanted.batch_size,
-            label=wanted.label,
-            features=wanted.features,
-            weight=wanted.weight,
-            shuffle=wanted.shuffle,
-            seed=wanted.seed,
-            timeout_s=wanted.timeout_s,
-            serves_itself=not (wanted.ps and wanted.chief and is_body),
-            preload=_preload(payload),
-            title=f"{wanted.function or self._label} on {wanted.executors} nodes",
-        )
-        return options
+        serves_itself = not (wanted.ps and wanted.chief and is_body)
+        planned = self._plan(wanted, function, num_ps=wanted.ps, serves_itself=serves_itself)
+        if planned is None:
+            return None
+        result = self._run(wanted, *planned)
+        if wanted.out:
+            self._notebook.namespace[wanted.out] = result
+        is_silent = wanted.out or wanted.is_quiet or has_trailing_semicolon(cell or "")
+        return None if is_silent else result
 
     def _run(self, wanted: TrainLine, payload: Payload, options: RunOptions) -> Any:
         frames = {"train": wanted.data, "validation": wanted.validation}
         spark = self._session(wanted)
-        board = StatusBoard()
+        board = _board(options)
         with self._services.widgets.LiveBoard(board, self._shell, quiet=wanted.is_quiet):
             return self._services.cluster.run(
                 spark,
@@ -249,60 +226,127 @@ class Extension:
                 options,
                 data={name: frame for name, frame in frames.items() if frame is not None},
                 board=board,
-                cell_names=self._cell_names(payload),
+                cell_names=self._notebook.cell_names(payload),
             )
 
-    def _session(self, wanted: TrainLine) -> Any:
-        found = self._services.session.find_session(self._namespace, wanted.session)
+    # --- inference ---
+
+    def _infer(self, wanted: InferLine, cell: str | None) -> None:
+        function = self._function(wanted, cell, predicts=True)
+        planned = self._plan(wanted, function, chief=False, predicts=True)
+        if planned is None:
+            return
+        self._make_place(wanted)
+        self._notebook.namespace[wanted.out] = self._predict(wanted, *planned)
+        if wanted.save is None:
+            waits, them = ("waits", "it") if wanted.executors == 1 else ("wait", "them")
+            what = f"{_nodes(wanted.executors)} {waits} for questions"
+            print(f"{wanted.out} is ready: {what}; %tfos_stop {wanted.out} ends {them}.")
+        else:
+            print(f"{wanted.out} is saved, and read from {wanted.save}; the nodes have ended.")
+
+    def _make_place(self, wanted: InferLine) -> None:
+        """End the nodes of the DataFrame that has had the name so far: their slots are needed."""
+        before = self._standing.find(wanted.out)
+        if before is not None and before.frame is wanted.data:
+            raise UsageError(
+                f"--out {wanted.out}: it is --data too, and its nodes end when the name goes to another DataFrame.",
+                hint="Choose another name for the result, or --save the first DataFrame.",
+            )
+        _tell_errors(self._standing.stop([wanted.out]))
+
+    def _predict(self, wanted: InferLine, payload: Payload, options: RunOptions) -> Any:
+        """Return the DataFrame: lazy, its nodes standing; or the saved one."""
+        spark = self._session(wanted)
+        board = _board(options)
+        is_lasting = wanted.save is None
+        try:
+            with self._services.widgets.LiveBoard(board, self._shell, quiet=wanted.is_quiet, lasting=is_lasting):
+                inference = self._services.inference.Inference(
+                    spark,
+                    payload,
+                    options,
+                    wanted.data,
+                    schema=wanted.schema,
+                    keep=wanted.keep,
+                    on_event=board.apply,
+                    cell_names=self._notebook.cell_names(payload),
+                )
+                self._standing.add(wanted.out, inference, wanted.executors)
+                return inference.frame if wanted.save is None else inference.save(wanted.save, wanted.mode)
+        except BaseException:  # an interrupt may come at any time, also when all was ready
+            self._standing.stop([wanted.out])
+            raise
+
+    def _names_to_stop(self, words: Sequence[str]) -> Sequence[str]:
+        names = self._standing.names
+        if not names:
+            print("Nothing to stop: no nodes wait for questions.")
+            return ()
+        unknown = [word for word in words if word not in names]
+        if unknown:
+            known = arguments.did_you_mean(unknown[0], names) or f" There are: {', '.join(names)}."
+            raise UsageError(f"%tfos_stop {unknown[0]}: no nodes wait under this name.{known}")
+        return list(dict.fromkeys(words)) or names
+
+    # --- what both have ---
+
+    def _function(self, wanted: Line, cell: str | None, *, predicts: bool = False) -> Callable[..., Any]:
+        """Return what is to run: the cell, or else something by its name."""
+        if cell is not None:
+            if wanted.function is not None:
+                raise UsageError(f"Unexpected {wanted.function!r}: with a cell, the cell is the function.")
+            if not cell.strip():
+                raise UsageError("The cell is empty: what should the nodes run?")
+            return self._notebook.cell_function(cell, predicts=predicts)
+        if wanted.function is None:
+            what = "a function or of a Keras model" if predicts else "a function of (args, ctx)"
+            magic = "%%tfos_infer" if predicts else "%%tfos_train"
+            raise UsageError(f"Nothing to run: give the name of {what}, or write {magic} above a cell.")
+        if predicts:
+            return self._notebook.named_predictor(wanted.function)
+        return self._notebook.named_function(wanted.function)
+
+    def _plan(self, wanted: Line, function: Callable[..., Any], **more: Any) -> tuple[Payload, RunOptions] | None:
+        """Return what is to run and how; None for a dry run, which is shown instead."""
+        payload = shipping.pack(function, args=_args(wanted))
+        options = self._options(wanted, payload, **more)
+        for warning in payload.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+        if not wanted.is_dry_run:
+            return payload, options
+        print("\n".join([*dry_run.describe(payload, wanted.executors), "", *self._describe_plan(wanted, options)]))
+        return None
+
+    def _options(self, wanted: Line, payload: Payload, **more: Any) -> RunOptions:
+        kind = self._services.cluster.RunOptions
+        known = {field.name for field in dataclasses.fields(kind)}
+        options: RunOptions = kind(
+            **{
+                **{name: value for name, value in vars(wanted).items() if name in known},
+                "num_nodes": wanted.executors,
+                "preload": self._services.cluster.modules_to_preload(payload),
+                "title": f"{wanted.function or self._notebook.label} on {_nodes(wanted.executors)}",
+                **more,
+            }
+        )
+        return options
+
+    def _session(self, wanted: Line) -> Any:
+        found = self._services.session.find_session(self._notebook.namespace, wanted.session)
         if found is not None:
             return found
         slots = _local_slots(wanted)
         print(f"No Spark session in the notebook: starting a local one with {slots} slots (local[{slots}]).")
         return self._services.session.local_session(slots)
 
-    def _show_plan(self, wanted: TrainLine, payload: Payload, options: RunOptions) -> None:
-        found = self._services.session.find_session(self._namespace, wanted.session)
-        lines = [f"{len(payload.data):,} bytes would go to each of {wanted.executors} nodes.", ""]
-        lines += _table([("object", "kind", "bytes", "how"), *_object_rows(payload)])
-        if payload.modules:
-            lines += ["", *_table([("module", "the driver has it at"), *_module_rows(payload)])]
-        lines.append("")
+    def _describe_plan(self, wanted: Line, options: RunOptions) -> list[str]:
+        found = self._services.session.find_session(self._notebook.namespace, wanted.session)
         if found is None:
             slots = _local_slots(wanted)
-            lines.append(
-                f"No Spark session in the notebook: a local one would start with {slots} slots (local[{slots}])."
-            )
-        else:
-            lines += self._services.cluster.plan(found, options)
-        print("\n".join(lines))
-
-    # --- the running cell ---
-
-    @property
-    def _label(self) -> str:
-        return self._cell_name(self._running_filename()) or f"Cell In[{self._running_count}]"
-
-    @property
-    def _running_count(self) -> int:
-        """Number of the running cell; IPython 9 counts up before a cell runs, older ones after."""
-        return int(self._shell.execution_count) - (IPython.version_info[0] >= 9)
-
-    def _running_filename(self) -> str:
-        """Return the name under which IPython has compiled the cell that is running."""
-        frame = inspect.currentframe()
-        while frame is not None:
-            if frame.f_code.co_name == "<module>" and frame.f_globals is self._shell.user_global_ns:
-                return frame.f_code.co_filename
-            frame = frame.f_back
-        return "<no cell>"
-
-    def _cell_names(self, payload: Payload) -> dict[str, str]:
-        """Map the file name of every cell whose code travels to how the notebook calls that cell."""
-        names = {filename: self._cell_name(filename) for filename in payload.sources}
-        return {filename: name for filename, name in names.items() if name}
-
-    def _cell_name(self, filename: str) -> str:
-        return " ".join(self._shell.compile.format_code_name(filename) or ())
+            return [f"No Spark session in the notebook: a local one would start with {slots} slots (local[{slots}])."]
+        plan: list[str] = self._services.cluster.plan(found, options)
+        return plan
 
 
 def give_help_a_body(lines: list[str]) -> list[str]:
@@ -321,21 +365,34 @@ def _help_on_request() -> Iterator[None]:
     """Print the help text where the line asks for it."""
     try:
         yield
-    except HelpRequestedError:
-        print(arguments.train_parser().format_help())
+    except HelpRequestedError as request:
+        print(request)
 
 
-def _syntax_error(error: SyntaxError, cell: str, label: str) -> UsageError:
-    """Return the error with the cell's own line: IPython would put the driver's frames above a plain SyntaxError."""
-    number = error.lineno or 1
-    lines = ["", *cell.split("\n")]  # the magic's line is line 1
-    source = lines[number - 1] if number <= len(lines) else ""
-    caret = " " * max(0, (error.offset or 1) - 1) + "^"
-    is_return = "'return' outside function" in str(error.msg)
-    return UsageError(
-        f"{label}, line {number}\n    {source}\n    {caret}\nSyntaxError: {error.msg}",
-        hint="The value of the cell's last expression comes back; no return is needed." if is_return else "",
-    )
+def _tell_errors(stopped: Sequence[Stopped]) -> None:
+    for each in stopped:
+        if each.error is not None:
+            what = str(getattr(each.error, "headline", each.error))
+            print(f"{each.name}: stopped, with an error: {what}", file=sys.stderr)
+
+
+def _raise_errors(stopped: Sequence[Stopped]) -> None:
+    """Raise the first error; those after it are told, in a line each."""
+    failed = [each for each in stopped if each.error is not None]
+    _tell_errors(failed[1:])
+    if failed:
+        raise cast(BaseException, failed[0].error)
+
+
+def _board(options: RunOptions) -> StatusBoard:
+    """Return a board that has its title from the first frame on."""
+    board = StatusBoard()
+    board.apply(RunPlanned(options.title, ()))
+    return board
+
+
+def _nodes(count: int) -> str:
+    return "1 node" if count == 1 else f"{count} nodes"
 
 
 def _versions() -> str:
@@ -350,58 +407,10 @@ def _version(distribution: str) -> str:
         return ""
 
 
-def _args(wanted: TrainLine) -> argparse.Namespace:
+def _args(wanted: Line) -> argparse.Namespace:
     """Return what the function gets as ``args``: the options, then ``--args``, which may override them."""
-    names = ("epochs", "batch_size", "label", "features", "weight", "shuffle", "seed")
-    return argparse.Namespace(**{**{name: getattr(wanted, name) for name in names}, **(wanted.args or {})})
+    return argparse.Namespace(**{**{name: getattr(wanted, name) for name in wanted.FOR_ARGS}, **(wanted.args or {})})
 
 
-def _preload(payload: Payload) -> tuple[str, ...]:
-    """Return what the nodes import while they meet: TensorFlow, unless nothing says that the function uses it."""
-    modules = {module.name.partition(".")[0] for module in payload.modules}
-    text = "\n".join(payload.sources.values())
-    wants = modules & {"tensorflow", "keras", "tf_keras"} or any(word in text for word in _USES_TENSORFLOW)
-    return ("tensorflow",) if wants else ()
-
-
-def _local_slots(wanted: TrainLine) -> int:
-    return wanted.executors + 1  # one more than there are nodes: the slot that feeds them
-
-
-def _future_flags() -> int:
-    import __future__
-
-    return sum({getattr(__future__, name).compiler_flag for name in __future__.all_feature_names})
-
-
-def _takes_two(function: Callable[..., Any]) -> bool:
-    try:
-        inspect.signature(function).bind(None, None)
-    except TypeError:
-        return False
-    except ValueError:  # made in C, without a signature: it must tell itself
-        return True
-    return True
-
-
-def _signature(value: Any) -> str:
-    try:
-        return f"{getattr(value, '__name__', type(value).__name__)}{inspect.signature(value)}"
-    except (TypeError, ValueError):
-        return type(value).__name__
-
-
-def _object_rows(payload: Payload) -> list[tuple[str, ...]]:
-    return [(each.name, each.kind, f"{each.size_bytes:,}", each.how) for each in payload.objects]
-
-
-def _module_rows(payload: Payload) -> list[tuple[str, ...]]:
-    return [
-        (each.name, f"{each.file or 'nowhere'}{'  (not installed: executors may lack it)' if each.is_local else ''}")
-        for each in payload.modules
-    ]
-
-
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+def _local_slots(wanted: Line) -> int:
+    return wanted.executors + 1  # one more than there are nodes: the slot that feeds or asks them

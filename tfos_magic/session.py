@@ -326,13 +326,15 @@ def arrow_function(task: Callable[..., Any], result: Any) -> Any:
         Takes an iterator of tuples of arrays and yields arrays, in all as many rows as came.
     result : DataType
     """
-    try:
-        from pyspark.sql.functions import arrow_udf
-        from pyspark.sql.pandas.functions import ArrowUDFType
-    except ImportError:
+    from pyspark.sql import functions
+
+    make = getattr(functions, "arrow_udf", None)
+    if make is None:
         return None
+    from pyspark.sql.pandas.functions import ArrowUDFType
+
     with warnings.catch_warnings():
         # It prefers type hints, which a function that ships itself by value does not have.
         warnings.filterwarnings("ignore", "It is preferred to specify type hints", UserWarning)
-        function = arrow_udf(task, result, ArrowUDFType.SCALAR_ITER)
+        function = make(task, result, ArrowUDFType.SCALAR_ITER)
     return function.asNondeterministic()  # else Spark computes it once for each field taken out of the result

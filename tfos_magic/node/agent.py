@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from tfos_magic.rendezvous import Connection, Message
 
 BEAT_INTERVAL_S = 0.5
+TURNED_AWAY = 3  # exit status: the driver had this node already
 _TERM_GRACE_S = 0.5
 _EXIT_GRACE_S = 1.5
 _BOOT = "import sys; sys.path[0] = '/proc/self/fd/{archive}'; from tfos_magic.node.child import main; main({fds})"
@@ -58,7 +59,8 @@ def main(archive_fd: int, config_fd: int, payload_fd: int, lifeline_fd: int) -> 
     # AutoGraph and others leave files there when their process is killed.
     scratch = tempfile.mkdtemp(prefix="tfos_magic-", dir=scratch_directory())
     try:
-        child = Child(archive_fd, config_fd, payload_fd, scratch)  # first of all: TensorFlow's import takes the time
+        descriptors = (archive_fd, config_fd, payload_fd)
+        child = Child(descriptors, scratch, config["gpus"])  # first of all: TensorFlow's import takes the time
         try:
             agent = _meet(config, child)
             if agent is not None:
@@ -70,7 +72,7 @@ def main(archive_fd: int, config_fd: int, payload_fd: int, lifeline_fd: int) -> 
         shutil.rmtree(scratch, ignore_errors=True)
         if agent is not None:
             agent.close()
-        os._exit(0)
+        os._exit(TURNED_AWAY if agent is not None and agent.was_turned_away else 0)
 
 
 def _meet(config: dict[str, Any], child: Child) -> Agent | None:
@@ -95,12 +97,24 @@ def _meet(config: dict[str, Any], child: Child) -> Agent | None:
 
 
 class Child:
-    """The user's process as its agent sees it: started here, watched here, killed here."""
+    """The user's process as its agent sees it: started here, watched here, killed here.
 
-    def __init__(self, archive_fd: int, config_fd: int, payload_fd: int, scratch: str) -> None:
+    Parameters
+    ----------
+    files : tuple of int
+        Descriptors of the package, the configuration and the packed function.
+    scratch : str
+        Its directory for temporary files.
+    gpus : list of str, optional
+        The addresses that Spark gave to the node; None where Spark gives no GPUs away.
+    """
+
+    def __init__(self, files: tuple[int, int, int], scratch: str, gpus: list[str] | None) -> None:
         self.channel, theirs = channel.pair()
-        descriptors = [archive_fd, config_fd, payload_fd, theirs.fileno()]
-        boot = _BOOT.format(archive=archive_fd, fds=", ".join(map(str, [*descriptors[1:], os.getpid()])))
+        descriptors = [*files, theirs.fileno()]
+        boot = _BOOT.format(archive=files[0], fds=", ".join(map(str, [*descriptors[1:], os.getpid()])))
+        # From birth: whatever the child imports ahead may look at the GPUs, and then has looked for good.
+        visible = {} if gpus is None else {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
         output, theirs_output = os.pipe()
         try:
             self.process = subprocess.Popen(
@@ -109,7 +123,7 @@ class Child:
                 stdout=theirs_output,
                 stderr=theirs_output,
                 pass_fds=descriptors,
-                env={**os.environ, "TMPDIR": scratch},
+                env={**os.environ, "TMPDIR": scratch, **visible},
             )
         finally:
             theirs.close()
@@ -146,6 +160,7 @@ class Agent:
         self._outbox: deque[tuple[Mapping[str, Any], int | None]] = deque()
         self._counters: dict[str, Any] = {}
         self._has_answered = False  # the child sent its result or its failure
+        self._has_started = False
         self._is_stopping = False
         self._receiver: FeedReceiver | None = None
         self._queue_feeds: dict[str, list[str]] = {}
@@ -175,6 +190,11 @@ class Agent:
             loop.add_reader(descriptor, self._once, descriptor, action)
         loop.call_soon(self._beat)
         loop.run_forever()
+
+    @property
+    def was_turned_away(self) -> bool:
+        """Whether the driver hung up without a word: it does so when Spark runs a node's task a second time."""
+        return not self._has_started and not self._is_stopping
 
     def close(self) -> None:
         """Give back port, feed server and sampler; the child must be gone.
@@ -298,6 +318,7 @@ class Agent:
     # --- what the driver says -----------------------------------------------------------------------------
 
     def _on_start(self, message: Message) -> None:
+        self._has_started = True
         self._to_child(message.header)
         directory = message.header["tensorboard"]
         if directory is not None:

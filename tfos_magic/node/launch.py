@@ -17,11 +17,13 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from tfos_magic.node import channel
+from tfos_magic.node.agent import TURNED_AWAY
 
 # Found in a Python worker's environment and wrong for a process that trains: one OpenMP thread, a fixed hash seed,
 # and the credentials by which the executor's JVM knows its Python workers.
@@ -138,5 +140,8 @@ def _wait(agent: subprocess.Popen[bytes], *, hold: bool, lifeline: int) -> dict[
             raise RuntimeError(ERROR_MARK + json.dumps(answer))
         if not hold:
             os.write(lifeline, b"detached")  # tells the end of this task from the death of this worker
-        agent.wait()  # of a detached agent this is only the process that started it
-    return {"exit": agent.returncode}
+        status = agent.wait()  # of a detached agent this is only the process that started it
+    if hold and status == TURNED_AWAY:
+        # A speculative copy: were it to end, Spark would take the node for finished and kill the task that has it.
+        threading.Event().wait()  # until Spark kills this one
+    return {"exit": status}

@@ -30,7 +30,7 @@ _COLOURS = {
     NodeState.STOPPED: _GREY,
     NodeState.LOST: _RED,
 }
-_OUTCOMES = {"done": ("✓", _GREEN), "failed": ("✗", _RED), "stopped": ("■", _GREY)}
+_OUTCOMES = {"done": ("✓", _GREEN), "failed": ("✗", _RED), "stopped": ("■", _GREY), words.READY: ("●", _GREEN)}
 
 # MathJax would take "$5 and $6" in a log line for a formula; the classes are its versions' words for "leave me alone".
 _ROOT = '<div class="tfos-board tex2jax_ignore mathjax_ignore" style="font-size:13px;line-height:1.45;overflow-x:auto">'
@@ -182,7 +182,8 @@ def _cell(column: tuple[str, str], content: str) -> str:
 
 
 def _state(node: NodeView, view: BoardView) -> str:
-    mark = f'<span style="color:{_COLOURS[node.state]}">{words.MARKS[node.state]}</span>'
+    look = words.look(node, view)
+    mark = f'<span style="color:{_COLOURS[look]}">{words.MARKS[look]}</span>'
     return f"{mark} {escape(words.state(node, view))}"
 
 

@@ -217,6 +217,8 @@ class LiveBoard:
         IPython's shell; one with a ``kernel`` gets HTML, another one lines.
     quiet : bool
         Show nothing but one line at the end.
+    lasting : bool
+        What runs goes on after the block: the record says that it is ready.
 
     Notes
     -----
@@ -224,8 +226,11 @@ class LiveBoard:
     the record says ``failed`` or ``stopped`` if an exception leaves the block before the board knows of an end.
     """
 
-    def __init__(self, board: StatusBoard, shell: InteractiveShell, *, quiet: bool = False) -> None:
+    def __init__(
+        self, board: StatusBoard, shell: InteractiveShell, *, quiet: bool = False, lasting: bool = False
+    ) -> None:
         self._board = board
+        self._is_lasting = lasting
         self._is_quiet = quiet
         self._surface = _surface(shell, quiet)
         self._is_broken = False
@@ -253,7 +258,7 @@ class LiveBoard:
         finally:  # also when ■ is pressed again right now
             with self._guard():  # after a failure too: the record is worth another try
                 logs = self._board.all_logs(last=_LOG_LINES_IN_RECORD)
-                self._surface.close(_ended(self._board.view(), error), logs)
+                self._surface.close(_ended(self._board.view(), error, is_lasting=self._is_lasting), logs)
 
     def _redraw(self) -> None:
         drawn = (-1, -1)
@@ -277,10 +282,12 @@ class LiveBoard:
             self._is_broken = True
 
 
-def _ended(view: BoardView, error: BaseException | None) -> BoardView:
-    """Return the view with an end, if an exception brought one that the board was not told of."""
-    if view.outcome or error is None:
+def _ended(view: BoardView, error: BaseException | None, *, is_lasting: bool) -> BoardView:
+    """Return the view with an end that the board was not told of: an exception's, or that all is ready."""
+    if view.outcome or (error is None and not is_lasting):
         return view
+    if error is None:
+        return replace(view, outcome=words.READY)
     outcome = "stopped" if isinstance(error, KeyboardInterrupt | RunStoppedError) else "failed"
     try:
         message = "" if outcome == "stopped" else f"{type(error).__name__}: {error}"

@@ -78,7 +78,9 @@ def _table(pairs: Sequence[tuple[int, NodeView]], view: BoardView, width: int) -
     sizes = {name: max(cells_wide(name), *(cells_wide(row[name]) for row in rows)) for name in names}
     lines = ["  " + "  ".join(_pad(name, sizes[name], name in _LEFT) for name in names)]
     for (_, node), row in zip(pairs, rows, strict=True):
-        lines.append(words.MARKS[node.state] + " " + "  ".join(_pad(row[n], sizes[n], n in _LEFT) for n in names))
+        lines.append(
+            words.MARKS[words.look(node, view)] + " " + "  ".join(_pad(row[n], sizes[n], n in _LEFT) for n in names)
+        )
         said = "  │  ".join(part for part in (words.metrics(node), words.last_words(node)) if part)
         if said:
             lines.append(" " * (4 + sizes["node"]) + said)

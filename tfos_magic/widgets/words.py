@@ -15,6 +15,8 @@ from tfos_magic.status import BoardView, GpuSample, NodeState, NodeView
 NODES_SHOWN = 16
 """Of more nodes than this only the ones that need attention are shown, the rest is summed up."""
 NOTHING = "–"
+READY = "ready"
+"""The outcome in the record of what goes on without the cell: its nodes wait for questions."""
 
 _INPUT_BOUND_PERCENT = 40.0
 _COMPUTE_BOUND_PERCENT = 10.0
@@ -123,6 +125,11 @@ def _one_gpu(sample: GpuSample) -> str:
     return "  ".join(part for part in parts if part)
 
 
+def look(node: NodeView, view: BoardView) -> NodeState:
+    """Return the state whose mark and colour the node has: one that is ready looks like one that runs."""
+    return NodeState.RUNNING if state(node, view) == READY else node.state
+
+
 def role(node: NodeView) -> str:
     """Return the role as people say it."""
     return _ROLES.get(node.role, node.role)
@@ -130,6 +137,8 @@ def role(node: NodeView) -> str:
 
 def state(node: NodeView, view: BoardView) -> str:
     """Return the node's state, with a remark when nothing has been heard of it for a while."""
+    if view.outcome == READY and not node.state.is_final:
+        return READY
     silent_s = view.now - node.beat_at if node.beat_at is not None else 0.0
     if view.outcome or node.state.is_final or silent_s < _SILENT_AFTER_S:
         return node.state.value
@@ -174,6 +183,8 @@ def rows_used(view: BoardView) -> int:
 
 def bottleneck(view: BoardView) -> str:
     """Say which side is slow when it is clear, else return an empty string."""
+    if view.outcome == READY:
+        return ""
     waits = [
         node.wait_percent
         for node in view.nodes
@@ -196,7 +207,9 @@ def headline(view: BoardView) -> tuple[str, list[str]]:
     title = view.title or "training"
     rate = total_rate(view)
     speed = f"{count(rate)} rows/s" if rate >= 0.5 else ""
-    if view.outcome:
+    if view.outcome == READY:
+        facts = ["nodes wait for questions"]
+    elif view.outcome:
         used = rows_used(view)
         facts = [epoch(view), f"{count(used)} {'row' if used == 1 else 'rows'} used" if used else "", speed]
     else:
@@ -206,7 +219,7 @@ def headline(view: BoardView) -> tuple[str, list[str]]:
 
 def outcome(view: BoardView) -> str:
     """Return e.g. ``done in 42 s``; empty while the run goes on."""
-    words = {"done": "done in", "failed": "failed after", "stopped": "stopped after"}
+    words = {"done": "done in", "failed": "failed after", "stopped": "stopped after", READY: "ready after"}
     return f"{words.get(view.outcome, view.outcome + ' after')} {duration(view.elapsed_s)}" if view.outcome else ""
 
 

@@ -1,0 +1,67 @@
+"""The magics' lines: from what a person typed to checked values.
+
+Runs on: notebook.
+
+    "--executors {n} --data df.limit(9) --label y"
+        │ words         whitespace, quotes as in a shell; brackets hold together
+        ▼ parsers       argparse: which option has which text
+        ▼ expressions   {expr} and $name, option by option, in the notebook's namespace
+        ▼ values        numbers, durations, names; ranges checked
+    lines: TrainLine, InferLine
+
+**What is expanded.** In options that take text or a number, ``{expr}`` and ``$name`` stand for the value of a Python
+expression; alone they keep its type (``--features {columns}`` may be a list), inside text they become ``str(value)``.
+``{{``, ``}}`` and ``$$`` are the characters themselves, and braces around something that is no Python expression stay
+as they are. Options that take an object (``--data``, ``--validation``, ``--args``) are Python expressions already, so
+``df``, ``{df}`` and ``$df`` are the same there, and ``{"lr": 0.1}`` is a dict, quoted or not.
+"""
+
+from __future__ import annotations
+
+from tfos_magic.arguments.expressions import did_you_mean, expand
+from tfos_magic.arguments.lines import (
+    SAVE_MODES,
+    HelpRequestedError,
+    InferLine,
+    Line,
+    TrainLine,
+    parse_infer,
+    parse_train,
+)
+from tfos_magic.arguments.names import (
+    Chooser,
+    columns_of,
+    names_of_arguments,
+    names_of_frames,
+    names_of_functions,
+    names_of_predictors,
+    names_of_sessions,
+)
+from tfos_magic.arguments.parsers import PARSERS, infer_parser, option_strings, train_parser
+from tfos_magic.arguments.values import parse_duration
+from tfos_magic.arguments.words import split
+
+__all__ = [
+    "PARSERS",
+    "SAVE_MODES",
+    "Chooser",
+    "HelpRequestedError",
+    "InferLine",
+    "Line",
+    "TrainLine",
+    "columns_of",
+    "did_you_mean",
+    "expand",
+    "infer_parser",
+    "names_of_arguments",
+    "names_of_frames",
+    "names_of_functions",
+    "names_of_predictors",
+    "names_of_sessions",
+    "option_strings",
+    "parse_duration",
+    "parse_infer",
+    "parse_train",
+    "split",
+    "train_parser",
+]

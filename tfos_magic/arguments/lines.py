@@ -1,0 +1,168 @@
+"""The magics' lines, checked.
+
+Runs on: notebook.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from tfos_magic.arguments.names import names_of_frames
+from tfos_magic.arguments.parsers import infer_parser, parse_words, train_parser
+from tfos_magic.arguments.values import Converter
+from tfos_magic.arguments.words import split
+from tfos_magic.errors import UsageError
+
+SAVE_MODES = ("error", "errorifexists", "overwrite", "append", "ignore")
+"""Spark's, for ``--mode``."""
+
+
+class HelpRequestedError(Exception):
+    """``--help`` was given; not an error for the user. The message is the help text."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """What the lines of both magics have. Fields that RunOptions has too are called the same and mean the same."""
+
+    FOR_ARGS: ClassVar[tuple[str, ...]] = ("batch_size", "features")
+    """What the function finds in its ``args``."""
+
+    executors: int
+    function: str | None = None
+    """Name of something in the notebook; only for the line magic."""
+    data: Any = None
+    batch_size: int = 64
+    features: tuple[str, ...] | None = None
+    args: Mapping[str, Any] | None = None
+    out: str | None = None
+    timeout_s: float | None = None
+    session: str | None = None
+    is_dry_run: bool = False
+    is_quiet: bool = False
+
+
+@dataclass(frozen=True)
+class TrainLine(Line):
+    """The line of ``%%tfos_train``, checked."""
+
+    FOR_ARGS = ("epochs", "batch_size", "label", "features", "weight", "shuffle", "seed")
+
+    validation: Any = None
+    epochs: int = 1
+    label: str | None = None
+    weight: str | None = None
+    shuffle: bool = True
+    seed: int | None = None
+    ps: int = 0
+    chief: bool = True
+    evaluator: bool = False
+
+
+@dataclass(frozen=True)
+class InferLine(Line):
+    """The line of ``%%tfos_infer``, checked; ``data`` and ``out`` are there."""
+
+    out: str = ""
+    batch_size: int = 1024
+    schema: str | None = None
+    keep: tuple[str, ...] | None = None
+    save: str | None = None
+    mode: str = "error"
+
+
+def parse_train(line: str, namespace: Mapping[str, Any]) -> TrainLine:
+    """Parse and check the line of ``%%tfos_train``.
+
+    Parameters
+    ----------
+    line : str
+        What follows the magic's name.
+    namespace : mapping of str to object
+        The notebook's globals.
+
+    Raises
+    ------
+    UsageError
+        One line, naming the option and, where one is close, what may have been meant.
+    HelpRequestedError
+        ``--help`` is among the options.
+    """
+    given = _read(train_parser(), line)
+    values = Converter(given, namespace)
+    parsed = TrainLine(
+        **_common(values),
+        validation=values.frame("validation"),
+        epochs=values.integer("epochs", 1, least=1),
+        batch_size=values.integer("batch_size", TrainLine.batch_size, least=1),
+        label=values.text("label"),
+        weight=values.text("weight"),
+        shuffle=not given.no_shuffle,
+        seed=None if given.seed is None else values.integer("seed", 0, least=0),
+        out=values.variable("out"),
+        ps=values.integer("ps", 0, least=0),
+        chief=given.chief,
+        evaluator=given.evaluator,
+    )
+    _check_roles(parsed)
+    return parsed
+
+
+def parse_infer(line: str, namespace: Mapping[str, Any]) -> InferLine:
+    """Parse and check the line of ``%%tfos_infer``; parameters and errors as in :func:`parse_train`."""
+    given = _read(infer_parser(), line)
+    values = Converter(given, namespace)
+    common = _common(values)
+    if given.data is None:
+        frame = next(iter(names_of_frames(namespace)), "df")
+        raise UsageError(f"--data is missing: which DataFrame? For example --data {frame}.")
+    if given.out is None:
+        raise UsageError("--out is missing: what is the DataFrame with the predictions to be called? --out preds.")
+    if given.mode is not None and given.save is None:
+        raise UsageError(f"--mode {given.mode} says how to write, but --save is missing: --save PATH.")
+    return InferLine(
+        **common,
+        batch_size=values.integer("batch_size", InferLine.batch_size, least=1),
+        out=values.variable("out") or "",
+        schema=values.schema("schema"),
+        keep=values.names("keep"),
+        save=values.text("save"),
+        mode=values.choice("mode", SAVE_MODES) or InferLine.mode,
+    )
+
+
+def _read(parser: argparse.ArgumentParser, line: str) -> argparse.Namespace:
+    words = split(line)
+    if "--help" in words or "-h" in words:
+        raise HelpRequestedError(parser.format_help())
+    return parse_words(parser, words)
+
+
+def _common(values: Converter) -> dict[str, Any]:
+    given = values.given
+    if given.executors is None:
+        raise UsageError("--executors is missing: on how many executors? For example --executors 2.")
+    return {
+        "executors": values.integer("executors", 1, least=1),
+        "function": values.text("function"),
+        "data": values.frame("data"),
+        "features": values.names("features"),
+        "args": values.arguments(),
+        "timeout_s": values.duration("timeout"),
+        "session": values.session(),
+        "is_dry_run": given.dry_run,
+        "is_quiet": given.quiet,
+    }
+
+
+def _check_roles(line: TrainLine) -> None:
+    workers = line.executors - line.ps - line.evaluator
+    if workers < 1:
+        others = [f"--ps {line.ps}"] * bool(line.ps) + ["--evaluator"] * line.evaluator
+        raise UsageError(
+            f"--executors {line.executors} with {' and '.join(others)} leaves no node that trains: "
+            f"at least --executors {line.ps + line.evaluator + 1}."
+        )

@@ -1,0 +1,181 @@
+"""Values of what was typed: numbers, durations, names, DataFrames; each complaint begins with the option.
+
+Runs on: notebook.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+from tfos_magic.arguments.expressions import EvaluationError, did_you_mean, evaluate, expand, is_variable, unwrapped
+from tfos_magic.arguments.words import short
+from tfos_magic.errors import UsageError
+
+
+class Converter:
+    """Makes values of options' texts; raises a UsageError of one line that begins with the option.
+
+    Each method takes an option's name as argparse has it, and returns None when it was not given.
+
+    Parameters
+    ----------
+    given : argparse.Namespace
+        Option → text.
+    namespace : mapping of str to object
+        The notebook's globals.
+    """
+
+    def __init__(self, given: argparse.Namespace, namespace: Mapping[str, Any]) -> None:
+        self.given = given
+        self._namespace = namespace
+
+    def _option(self, name: str) -> str:
+        return "NAME" if name == "function" else f"--{name.replace('_', '-')}"
+
+    def _complain(self, name: str, complaint: str) -> NoReturn:
+        raise UsageError(f"{self._option(name)} {short(getattr(self.given, name))}: {complaint}")
+
+    def _expanded(self, name: str) -> Any:
+        """Return the value of an option that takes text: None, a str, or whatever ``{expr}`` is."""
+        text = getattr(self.given, name)
+        if text is None:
+            return None
+        try:
+            return expand(text, self._namespace)
+        except EvaluationError as error:
+            self._complain(name, str(error))
+
+    def integer(self, name: str, default: int, *, least: int) -> int:
+        """Return a whole number, no less than `least`."""
+        value = self._expanded(name)
+        if value is None:
+            return default
+        try:
+            number = int(value) if isinstance(value, str) else value.__index__()
+        except (ValueError, TypeError, AttributeError):
+            self._complain(name, "a whole number is needed.")
+        if number < least:
+            self._complain(name, f"{number} is too few; at least {least}." if least else f"{number} is negative.")
+        return int(number)
+
+    def text(self, name: str) -> str | None:
+        """Return text."""
+        value = self._expanded(name)
+        if value is not None and not isinstance(value, str):
+            self._complain(name, f"text is needed, not {type(value).__name__}.")
+        return value
+
+    def names(self, name: str) -> tuple[str, ...] | None:
+        """Return names of columns, at least one, each once."""
+        value = self._expanded(name)
+        if value is None:
+            return None
+        parts = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+        if (
+            not isinstance(parts, list | tuple)
+            or not all(isinstance(part, str) and part for part in parts)
+            or not parts
+        ):
+            self._complain(name, "column names are needed, as in a,b,c or a list of str.")
+        repeated = sorted({part for part in parts if parts.count(part) > 1})
+        if repeated:
+            self._complain(name, f"{repeated[0]} is there twice.")
+        return tuple(parts)
+
+    def variable(self, name: str) -> str | None:
+        """Return the name of a variable, which need not be there."""
+        value = self.text(name)
+        if value is not None and not is_variable(value):
+            self._complain(name, "a variable name is needed.")
+        return value
+
+    def choice(self, name: str, known: Sequence[str]) -> str | None:
+        """Return one of `known`."""
+        value = self.text(name)
+        if value is not None and value not in known:
+            self._complain(name, f"one of {', '.join(known)} is needed.{did_you_mean(value, known)}")
+        return value
+
+    def schema(self, name: str) -> str | None:
+        """Return names and types as Spark's SQL writes them; ``{expr}`` may be a ``StructType``."""
+        value = self._expanded(name)
+        if value is not None and not isinstance(value, str) and hasattr(value, "simpleString"):
+            return str(value.simpleString())
+        return self.text(name)
+
+    def session(self) -> str | None:
+        """Return the name of something in the notebook."""
+        name = self.text("session")
+        if name is not None and name not in self._namespace:
+            self._complain("session", f"the notebook has no such name.{did_you_mean(name, self._namespace)}")
+        return name
+
+    def duration(self, name: str) -> float | None:
+        """Return seconds."""
+        value = self._expanded(name)
+        if value is None:
+            return None
+        seconds = parse_duration(value) if isinstance(value, str) else value
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds < float("inf"):
+            self._complain(name, "a time is needed, as in 90, 90s, 10m, 2h or 1h30m.")
+        return float(seconds)
+
+    def _object(self, name: str) -> Any:
+        text = unwrapped(getattr(self.given, name))
+        try:
+            return evaluate(text, self._namespace)
+        except EvaluationError as error:
+            self._complain(name, str(error))
+
+    def frame(self, name: str) -> Any:
+        """Return a Spark DataFrame."""
+        if getattr(self.given, name) is None:
+            return None
+        value = self._object(name)
+        complaint = why_no_frame(value)
+        if complaint:
+            self._complain(name, complaint)
+        return value
+
+    def arguments(self) -> Mapping[str, Any] | None:
+        """Return what ``--args`` holds, by attribute name."""
+        text = self.given.args
+        if text is None:
+            return None
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = self._object("args")
+        if not isinstance(value, Mapping):
+            value = vars(value) if hasattr(value, "__dict__") and not isinstance(value, type) else value
+        if not isinstance(value, Mapping):
+            self._complain("args", f"a dict, a Namespace or JSON is needed, not {type(value).__name__}.")
+        wrong = [key for key in value if not (isinstance(key, str) and is_variable(key))]
+        if wrong:
+            self._complain("args", f"{wrong[0]!r} cannot be an attribute of args.")
+        return dict(value)
+
+
+def why_no_frame(value: Any) -> str:
+    """Return what is wrong with a value that should be a Spark DataFrame; empty when it is one."""
+    classes = {f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(value).__mro__}
+    if "pyspark.DataFrame" in classes and "pyspark.GroupedData" not in classes and hasattr(value, "schema"):
+        return ""
+    if "pandas.DataFrame" in classes:
+        return "it is a pandas DataFrame; spark.createDataFrame(…) makes a Spark DataFrame of it."
+    if "pyspark.RDD" in classes:
+        return "it is an RDD; rdd.toDF([…]) makes a DataFrame of it."
+    return f"a Spark DataFrame is needed, not {type(value).__name__}."
+
+
+def parse_duration(text: str) -> float | None:
+    """Return seconds of ``90``, ``90s``, ``10m``, ``2h`` or ``1h30m``; None when it is no duration."""
+    match = re.fullmatch(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?", text.strip())
+    if match is None or not any(match.groups()):
+        return None
+    hours, minutes, seconds = (float(group or 0) for group in match.groups())
+    return hours * 3600 + minutes * 60 + seconds
