@@ -81,9 +81,15 @@ class Notebook:
             elif kind == "error":
                 reply.traceback = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(content["traceback"]))
             elif kind == "status" and content["execution_state"] == "idle":
-                reply.status = self.client.get_shell_msg(timeout=10)["content"]["status"]
+                reply.status = self._status(message)
                 return reply
         raise TimeoutError(f"the cell did not end in {timeout_s} s; so far:\n{reply.text}")
+
+    def _status(self, message: str) -> str:
+        """Return how the cell ended; a kernel that was slow to start may still answer earlier questions."""
+        while (answer := self.client.get_shell_msg(timeout=10))["parent_header"].get("msg_id") != message:
+            pass
+        return str(answer["content"]["status"])
 
     def run(self, code: str, timeout_s: float = 180) -> Reply:
         return self.finish(self.start(code), timeout_s)

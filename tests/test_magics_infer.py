@@ -239,6 +239,14 @@ def test_an_error_of_the_old_nodes_does_not_stop_the_new_ones(shell: TestingShel
     assert open_names(services) == [False, True]
 
 
+def test_an_interrupt_while_the_old_nodes_end_starts_no_new_ones(shell: TestingShell, services: FakeServices) -> None:
+    services.failing = {"close": RunInterrupted("x")}
+    shell.cell(CELL)
+    assert isinstance(shell.error_of(CELL).error, KeyboardInterrupt)
+    assert len(services.calls) == 1
+    assert open_names(services) == [False]
+
+
 # --- mistakes ------------------------------------------------------------------------------------------------
 
 

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
 _PATIENCE_S = 60.0
 _CONSEQUENCE_GRACE_S = 1.5
-_CLOSE_TIMEOUT_S = 5.0
+_CLOSE_TIMEOUT_S = 15.0  # for processes to end that have been told to; on a busy machine even that takes its time
 
 
 def run(

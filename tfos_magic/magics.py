@@ -253,7 +253,9 @@ class Extension:
                 f"--out {wanted.out}: it is --data too, and its nodes end when the name goes to another DataFrame.",
                 hint="Choose another name for the result, or --save the first DataFrame.",
             )
-        _tell_errors(self._standing.stop([wanted.out]))
+        stopped = self._standing.stop([wanted.out])
+        _raise_errors([each for each in stopped if isinstance(each.error, KeyboardInterrupt)])
+        _tell_errors(stopped)
 
     def _predict(self, wanted: InferLine, payload: Payload, options: RunOptions) -> Any:
         """Return the DataFrame: lazy, its nodes standing; or the saved one."""

@@ -165,7 +165,7 @@ class _Conversation:
             f"Feed '{self._plan.name}': the node went away after {self._rows_back:,} of {self._rows_sent:,} results "
             f"({reason}).",
             cause="The node's function has failed or returned, or the cluster was shut down before this action ran.",
-            hint="cluster.shutdown() shows the node's error; run the action before it.",
+            hint="The node's own error is printed where the cluster was started; cluster.shutdown() raises it.",
         )
 
     def _stands_still(self) -> FeedError:
