@@ -77,6 +77,7 @@ predict
     assert inference.frame.limit(3).count() == 3
 
 
+@pytest.mark.slow
 def test_chosen_columns_a_given_schema_and_vectors(infer: Make, spark_local4: Any) -> None:
     from pyspark.ml.linalg import Vectors
 
@@ -89,6 +90,7 @@ def test_chosen_columns_a_given_schema_and_vectors(infer: Make, spark_local4: An
     assert inference.frame.first().v == Vectors.dense([0.0, 1.0])
 
 
+@pytest.mark.slow
 def test_saved_results_are_complete_and_the_nodes_gone(infer: Make, frame: Any, tmp_path: Any) -> None:
     inference = infer("lambda batch: batch['id'] * 2", frame)
     saved = inference.save(str(tmp_path / "out"))
@@ -97,6 +99,7 @@ def test_saved_results_are_complete_and_the_nodes_gone(infer: Make, frame: Any, 
     assert sorted(row.prediction for row in saved.collect()) == [2 * n for n in range(5000)]
 
 
+@pytest.mark.slow
 def test_the_function_runs_once_on_each_node_however_many_partitions_ask(
     infer: Make, frame: Any, tmp_path: Any
 ) -> None:
@@ -111,6 +114,7 @@ lambda batch: batch["id"]
     assert len(list(tmp_path.iterdir())) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("body", "message"),
     [
@@ -127,6 +131,7 @@ def test_what_goes_wrong_on_a_node_is_told_when_it_gets_ready(infer: Make, frame
     assert not processes_with("tfos_magic.node")
 
 
+@pytest.mark.slow
 def test_what_can_be_told_before_anything_starts(infer: Make, frame: Any, spark_local4: Any) -> None:
     with pytest.raises(UsageError, match="scor floot"):
         infer("lambda batch: batch['id']", frame, schema="scor floot,,")
@@ -146,6 +151,7 @@ def test_an_action_after_the_nodes_end_says_so(infer: Make, frame: Any) -> None:
         inference.frame.collect()  # a count alone asks nobody
 
 
+@pytest.mark.slow
 def test_a_failure_in_an_action_ends_the_nodes(infer: Make, frame: Any, caplog: Any) -> None:
     inference = infer("lambda batch: 1 / (0 if batch['id'].max() > 1000 else 1) + batch['id']", frame, 1)
     with pytest.raises(Exception, match="went away"):

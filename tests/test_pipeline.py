@@ -21,6 +21,8 @@ from tfos_magic import pipeline
 from tfos_magic.errors import DataError, NodeError, UsageError
 from tfos_magic.pipeline import Namespace, TFEstimator, TFModel
 
+pytestmark = pytest.mark.slow
+
 Script = Callable[..., subprocess.CompletedProcess[str]]
 
 

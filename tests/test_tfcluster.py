@@ -79,12 +79,14 @@ def test_several_feeds_in_a_row_of_rdds_and_dataframes_arrive_once_each(spark_lo
     assert not processes_with("tfos_magic.node")
 
 
+@pytest.mark.slow
 def test_num_epochs_0_means_10_as_with_tfos(spark_local4: Any) -> None:
     with start(spark_local4, read_all, 1) as cluster:
         cluster.train(spark_local4.sparkContext.parallelize([7], 1))
     assert all_rows(cluster) == [7] * 10
 
 
+@pytest.mark.slow
 def test_rows_of_an_rdd_arrive_equal_and_of_the_same_type(spark_local4: Any) -> None:
     rows = [
         (1, "two", 3.0, None, b"four"),
@@ -110,6 +112,7 @@ def test_rows_of_an_rdd_arrive_equal_and_of_the_same_type(spark_local4: Any) -> 
     assert next(row.name for kind, row in arrived if kind == "Row") == "x"
 
 
+@pytest.mark.slow
 def test_numpy_arrays_in_rows_and_arrays_by_input_mapping(spark_local4: Any) -> None:
     rows = [(n, np.full(3, n, dtype=np.float32)) for n in range(100)]
 
@@ -130,6 +133,7 @@ def test_numpy_arrays_in_rows_and_arrays_by_input_mapping(spark_local4: Any) -> 
     assert all(ys == xs for ys, _, _, xs in batches)
 
 
+@pytest.mark.slow
 def test_vectors_of_a_dataframe_stay_vectors_and_nulls_none(spark_local4: Any) -> None:
     from pyspark.ml.linalg import Vectors
 
@@ -169,6 +173,7 @@ def test_terminate_on_one_node_ends_sparks_job_at_once_and_all_nodes_stop(spark_
     assert 100 <= cluster.result.values[0][0] < 20_000
 
 
+@pytest.mark.slow
 def test_a_function_that_returns_early_ends_the_feed_instead_of_blocking_it(spark_local4: Any) -> None:
     def ten_rows(args: Any, ctx: Any) -> int:
         return len(ctx.get_data_feed().next_batch(10))
@@ -179,6 +184,7 @@ def test_a_function_that_returns_early_ends_the_feed_instead_of_blocking_it(spar
     assert cluster.result.values[0] <= 10
 
 
+@pytest.mark.slow
 def test_a_slow_reader_holds_spark_back_and_loses_nothing(spark_local4: Any) -> None:
     limit = 200_000
 
@@ -211,6 +217,7 @@ def test_a_slow_reader_holds_spark_back_and_loses_nothing(spark_local4: Any) -> 
     assert max(waiting) < 5_000
 
 
+@pytest.mark.slow
 def test_feed_timeout_counts_only_time_without_progress_and_says_where_the_node_is(spark_local4: Any) -> None:
     def stuck(args: Any, ctx: Any) -> int:
         import time
@@ -256,6 +263,7 @@ def test_inference_is_lazy_in_order_and_can_be_repeated(spark_local4: Any) -> No
         cluster.inference(sc.parallelize([1]))
 
 
+@pytest.mark.slow
 def test_an_action_after_the_end_says_that_the_cluster_is_gone(spark_local4: Any) -> None:
     with start(spark_local4, times_ten, 1) as cluster:
         late = cluster.inference(spark_local4.sparkContext.parallelize(range(10), 1))
@@ -263,6 +271,7 @@ def test_an_action_after_the_end_says_that_the_cluster_is_gone(spark_local4: Any
         late.collect()
 
 
+@pytest.mark.slow
 def test_training_then_inference_in_one_cluster(spark_local4: Any) -> None:
     def both(args: Any, ctx: Any) -> int:
         feed = ctx.get_data_feed(train_mode=False)
@@ -284,6 +293,7 @@ def test_training_then_inference_in_one_cluster(spark_local4: Any) -> None:
     assert sum(cluster.result.values) == 2 * sum(range(100))
 
 
+@pytest.mark.slow
 def test_too_many_results_are_refused_with_the_numbers(spark_local4: Any) -> None:
     def twice(args: Any, ctx: Any) -> None:
         feed = ctx.get_data_feed(train_mode=False)
@@ -376,6 +386,7 @@ def test_a_failing_node_ends_the_feed_with_its_own_error_and_not_the_next_cluste
     assert sorted(all_rows(following)) == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_a_failure_that_nobody_waits_for_ends_all_nodes_and_is_told_later(spark_local4: Any) -> None:
     def fails(args: Any, ctx: Any) -> None:
         if ctx.worker_num == 0:
@@ -394,6 +405,7 @@ def test_a_failure_that_nobody_waits_for_ends_all_nodes_and_is_told_later(spark_
         cluster.shutdown()
 
 
+@pytest.mark.slow
 def test_data_that_spark_cannot_compute_fail_the_call_and_not_the_cluster(spark_local4: Any) -> None:
     sc = spark_local4.sparkContext
     with start(spark_local4, read_all) as cluster:
@@ -403,6 +415,7 @@ def test_data_that_spark_cannot_compute_fail_the_call_and_not_the_cluster(spark_
     assert all_rows(cluster) == [5]
 
 
+@pytest.mark.slow
 def test_leaving_the_block_by_an_error_stops_everything(spark_local4: Any) -> None:
     with pytest.raises(KeyError), start(spark_local4, sleeper) as cluster:
         raise KeyError("mine")
@@ -410,6 +423,7 @@ def test_leaving_the_block_by_an_error_stops_everything(spark_local4: Any) -> No
     assert not processes_with("tfos_magic.node")
 
 
+@pytest.mark.slow
 def test_shutdown_gives_up_after_its_timeout_and_leaves_nothing(spark_local4: Any) -> None:
     cluster = start(spark_local4, sleeper)
     with pytest.raises(TfosError, match="took more than 1 s"):
@@ -417,6 +431,7 @@ def test_shutdown_gives_up_after_its_timeout_and_leaves_nothing(spark_local4: An
     assert not processes_with("tfos_magic.node")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -481,6 +496,7 @@ def test_roles_args_and_attributes_are_those_of_tfos(spark_local4: Any) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_parameter_servers_beside_the_driver_take_no_slot(spark_local4: Any) -> None:
     def roles(args: Any, ctx: Any) -> Any:
         import os
@@ -496,6 +512,7 @@ def test_parameter_servers_beside_the_driver_take_no_slot(spark_local4: Any) -> 
     assert not processes_with("tfos_magic.node")
 
 
+@pytest.mark.slow
 def test_queues_of_ones_own(spark_local4: Any) -> None:
     def two(args: Any, ctx: Any) -> Any:
         first, second = ctx.get_data_feed(), ctx.get_data_feed(qname_in="control")
@@ -508,6 +525,7 @@ def test_queues_of_ones_own(spark_local4: Any) -> None:
     assert cluster.result.values == [([1] * 100, [2] * 100)]
 
 
+@pytest.mark.slow
 def test_every_slot_taken_by_nodes_still_leaves_room_for_the_feed(spark_local4: Any) -> None:
     with start(spark_local4, read_all, 4) as cluster:
         cluster.train(spark_local4.sparkContext.parallelize(range(100), 8), 1)
@@ -572,6 +590,7 @@ def test_a_dstream_feeds_until_a_node_wants_no_more(spark_local4: Any) -> None:
 # --- TFParallel -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_independent_nodes_know_only_themselves(spark_local4: Any) -> None:
     def alone(args: Any, ctx: Any) -> Any:
         import os
@@ -595,6 +614,7 @@ def test_more_independent_nodes_than_slots_take_turns(spark_local4: Any) -> None
         TFParallel.run(spark_local4.sparkContext, lambda args, ctx: 1, None, 6)
 
 
+@pytest.mark.slow
 def test_a_failing_independent_node_is_the_error(spark_local4: Any) -> None:
     def fails(args: Any, ctx: Any) -> None:
         if ctx.worker_num == 2:
