@@ -49,7 +49,7 @@ def context(job: str = "worker", index: int = 0, default_fs: str = "file:///", *
 
 
 def paths(default_fs: str) -> Any:
-    return types.SimpleNamespace(defaultFS=default_fs, working_dir="/work/dir")
+    return types.SimpleNamespace(defaultFS=default_fs, working_dir="/home/me/dir")
 
 
 @pytest.mark.parametrize(
@@ -63,8 +63,8 @@ def test_a_path_with_a_scheme_is_absolute_already(scheme: str, default_fs: str) 
 @pytest.mark.parametrize(
     ("default_fs", "absolute", "relative"),
     [
-        ("file://", "file:///foo/bar", "file:///work/dir/foo/bar"),
-        ("file:///", "file:///foo/bar", "file:///work/dir/foo/bar"),
+        ("file://", "file:///foo/bar", "file:///home/me/dir/foo/bar"),
+        ("file:///", "file:///foo/bar", "file:///home/me/dir/foo/bar"),
         ("hdfs://", "hdfs:///foo/bar", f"hdfs:///user/{USER}/foo/bar"),
         ("hdfs://name:8020", "hdfs://name:8020/foo/bar", f"hdfs://name:8020/user/{USER}/foo/bar"),
         ("hdfs://name:8020/", "hdfs://name:8020/foo/bar", f"hdfs://name:8020/user/{USER}/foo/bar"),
