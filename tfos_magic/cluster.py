@@ -208,9 +208,8 @@ class Cluster:
         ------
         TooFewSlotsError, RendezvousError, EnvironmentMismatchError, NodeError
         """
-        self._feed_names = tuple(feeds)
         self._briefing = Briefing(self._options, self._nodes, feeds, self._queue_names)
-        self._launch.require_slots(self._emit)
+        self._launch.require_slots(self._emit, is_fed=bool(feeds or self._queue_names))
         bind, host = session.driver_address(self._context)
         self._server = RendezvousServer(bind, self._secret, self._on_message, self._on_close)
         config = {
@@ -298,9 +297,9 @@ class Cluster:
         with self.changed:
             header = message.header
             if message.type == "hello":
-                self._nodes[header["index"]].greet(peer, dict(header))
-                if not self._options.waits_for_all:
-                    self._briefing.send_alone(self._nodes[header["index"]])
+                node = self._nodes[header["index"]]
+                if node.greet(peer, dict(header)) and not self._options.waits_for_all:
+                    self._briefing.send_alone(node)
             elif message.type == "commit":
                 self._commit(peer, header)
             elif message.type == "feed_error" and header["feed"] in self._feeds:
@@ -505,10 +504,11 @@ def plan(spark: Any, options: RunOptions) -> list[str]:
     """Return what :func:`run` would start and where, as lines of text; starts nothing."""
     context = session.as_session(spark).sparkContext
     slots, names = session.slot_count(context), [role.name for role in options.roles()]
-    held = "each holds its slot" if slots > len(names) else "all slots are needed: nodes give theirs back once they run"
+    free = slots - session.busy_slot_count(context)
+    held = "each holds its slot" if free > len(names) else "all slots are needed: nodes give theirs back once they run"
     return [
         f"{len(names)} nodes on {context.master} (application {context.applicationId}): {', '.join(names)}",
-        f"{slots} task slots, {session.busy_slot_count(context)} busy now; {held}"
+        f"{slots} task slots, {slots - free} busy now; {held}"
         if slots >= len(names)
         else f"too few slots: {len(names)} needed, {slots} there",
         f"driver address {session.driver_address(context)[1]}, Spark {context.version}",

@@ -106,14 +106,15 @@ class Member:
         python = ".".join(map(str, info["python"]))
         return NodeInfo(self.name, self.host, self.address, info["child_pid"], python, dict(self.times))
 
-    def greet(self, peer: Peer, hello: dict[str, Any]) -> None:
-        """Take the agent's hello; a second one, from a task that Spark ran twice, is sent away."""
+    def greet(self, peer: Peer, hello: dict[str, Any]) -> bool:
+        """Take the agent's hello; a second one, from a task that Spark ran twice, is sent away (False)."""
         if self.peer is not None:
             peer.close()
-            return
+            return False
         self.peer, self.info = peer, hello
         peer.info["member"] = self
         self.change(NodeState.STARTING)
+        return True
 
     def send(self, header: Mapping[str, Any]) -> None:
         """Send the agent a message; harmless before its hello and after its end."""

@@ -29,9 +29,14 @@ from tfos_magic.node.agent import TURNED_AWAY
 # and the credentials by which the executor's JVM knows its Python workers.
 _LEAKED_BY_SPARK = ("OMP_NUM_THREADS", "PYTHONHASHSEED")
 _PRIVATE_TO_SPARK = ("PYTHON_WORKER_FACTORY_", "SPARK_AUTH_", "SPARK_BUFFER_SIZE")
-# Unless the user says otherwise: warnings but not which CPU instructions are used; and GPU memory as it is needed,
-# since a node that takes all of it at once leaves none to the next one on its host.
-_DEFAULTS = {"TF_CPP_MIN_LOG_LEVEL": "1", "TF_FORCE_GPU_ALLOW_GROWTH": "true"}
+# Unless the user says otherwise: warnings but not which CPU instructions are used; GPU memory as it is needed, since a
+# node that takes all of it at once leaves none to the next one on its host; and GPUs counted as nvidia-smi counts them,
+# and so Spark's addresses, where CUDA by itself would put the fastest first.
+_DEFAULTS = {
+    "TF_CPP_MIN_LOG_LEVEL": "1",
+    "TF_FORCE_GPU_ALLOW_GROWTH": "true",
+    "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+}
 # A detached agent must not stay the Python worker's child: when it ended it would be a zombie there.
 _DETACH = "import os; os.fork() and os._exit(0); "
 _BOOT = "import sys; sys.path[0] = '/proc/self/fd/{archive}'; from tfos_magic.node.agent import main; main({fds})"
