@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from feed_cluster import fake_cluster, numbered
 from tfos_magic.errors import DataError, FeedError
 from tfos_magic.feed.cargo import FeedPlan
 from tfos_magic.feed.sender import feed_partition
-from tfos_magic.feed.staging import ChunkReady
+from tfos_magic.feed.staging import ChunkReady, FeedFailed
 
 
 @pytest.mark.parametrize("sizes", [[1] * 10, [0, 0, 1, 0], [9999, 1, 0, 3], [7] * 30, [0] * 3])
@@ -148,3 +149,40 @@ def test_the_fingerprint_tells_another_order_and_not_another_attempt(tmp_path):
         first = fingerprints(rows, 0)
         assert first == fingerprints(rows, 0)
         assert first != fingerprints(rows[::-1], 0)
+
+
+def test_a_portion_is_published_alone_though_the_next_is_there_already(tmp_path):
+    """The driver's word reaches a node by another way than the rows, and may come later than they do."""
+    with fake_cluster(1, tmp_path, chunk_bytes=1000) as cluster:
+        receiver = cluster.nodes[0].receiver
+        receiver.add_queue("train", 1 << 20)
+        portions: list[Any] = []
+        plan = replace(cluster.plan, portion_bytes=4000)
+        feed_partition(iter(numbered(1000)), plan, 0, 1, lambda portion: portions.append(portion) or True)
+        assert len(portions) > 2
+        for portion in portions:
+            receiver.publish("train", 0, 1, portion.rows_per_node[0], is_last=portion.is_last)
+        assert not [notice for notice in cluster.nodes[0].notices if isinstance(notice, FeedFailed)]
+        ready = [notice for notice in cluster.nodes[0].notices if isinstance(notice, ChunkReady)]
+        assert sum(notice.row_count for notice in ready) == 1000
+
+
+def test_a_portion_of_a_sender_that_died_can_still_be_published(tmp_path):
+    class Died(Exception):
+        pass
+
+    def commit(portion):
+        portions.append(portion)
+        raise Died  # after the driver has heard of it
+
+    with fake_cluster(1, tmp_path, chunk_bytes=1000) as cluster:
+        receiver = cluster.nodes[0].receiver
+        receiver.add_queue("train", 1 << 20)
+        portions: list[Any] = []
+        with pytest.raises(Died):
+            feed_partition(iter(numbered(1000)), replace(cluster.plan, portion_bytes=4000), 0, 1, commit)
+        while receiver._connections:
+            time.sleep(0.01)
+        receiver.publish("train", 0, 1, portions[0].rows_per_node[0], is_last=False)
+        ready = [notice for notice in cluster.nodes[0].notices if isinstance(notice, ChunkReady)]
+        assert sum(notice.row_count for notice in ready) == portions[0].rows_per_node[0] > 0

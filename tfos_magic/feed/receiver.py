@@ -355,6 +355,8 @@ class FeedReceiver:
             row_count += header.row_count
         if header.kind not in (wire.MARK, wire.END) or header.row_count != row_count:
             raise FeedError(f"A sender announced {header.row_count} rows, {row_count} arrived.")
+        with self._lock:
+            stream.end_portion()
         return header, row_count
 
     def _receive_chunk(self, connection: socket.socket, header: wire.Header, feed: Feed, stream: Stream) -> None:

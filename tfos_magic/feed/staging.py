@@ -8,6 +8,7 @@ epoch. A *delivery* into a queue passes once: its chunks count against a bound u
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -79,13 +80,20 @@ class Stream:
     place: tuple[int, ...] = ()
     """Its order among the streams of its feed: whose turn it is when not all of them may go on."""
     chunks: list[ChunkRef] = field(default_factory=list)
+    portions: deque[list[ChunkRef]] = field(default_factory=deque)
+    """Complete ones, oldest first: chunks of the next one may be here before the driver's word on the last."""
     is_unwanted: bool = False
     is_complete: bool = False
 
     @property
     def row_count(self) -> int:
         """Rows so far."""
-        return sum(chunk.row_count for chunk in self.chunks)
+        return sum(chunk.row_count for chunks in (*self.portions, self.chunks) for chunk in chunks)
+
+    def end_portion(self) -> None:
+        """Take note that what has come since the last portion is one."""
+        self.portions.append(self.chunks)
+        self.chunks = []
 
 
 @dataclass(frozen=True)
@@ -159,22 +167,26 @@ class Feed:
     def drop(self, stream: Stream) -> None:
         """Throw a stream away, and whatever of it is still to come."""
         stream.is_unwanted = True
-        for chunk in stream.chunks:
+        while stream.portions:
+            self._give_back(stream.portions.popleft())
+        self._give_back(stream.chunks)
+        stream.chunks = []
+
+    def _give_back(self, chunks: list[ChunkRef]) -> None:
+        for chunk in chunks:
             self.staged_bytes -= chunk.length_bytes
             self.spool.discard(chunk)
-        stream.chunks.clear()
 
     def hang_up(self, stream: Stream) -> None:
-        """Throw away a stream whose sender has gone before its end: no driver will ever decide for it."""
-        for attempts in self.staged.values():
-            for attempt in [attempt for attempt, other in attempts.items() if other is stream]:
-                del attempts[attempt]
-        self.drop(stream)
+        """Throw away what is incomplete of a stream whose sender has gone; the driver may yet decide for the rest."""
+        self._give_back(stream.chunks)
+        stream.chunks = []
+        stream.is_complete = True
 
     def take(self, partition: int, attempt: int, *, is_last: bool = True) -> list[ChunkRef]:
-        """Decide for what `attempt` has delivered: return its chunks; at the last, throw away those of the others."""
+        """Decide for a portion of `attempt`: return its chunks; at the last, throw away those of the others."""
         stream = self.staged.get(partition, {}).get(attempt, Stream())
-        chunks, stream.chunks = stream.chunks, []
+        chunks = stream.portions.popleft() if stream.portions else []
         for chunk in chunks:
             self.staged_bytes -= chunk.length_bytes
             self.publish(chunk)
@@ -185,11 +197,10 @@ class Feed:
         return chunks
 
     def discard(self, partition: int, attempt: int) -> None:
-        """Decide against what `attempt` has delivered so far, but not against what is still to come."""
+        """Decide against a portion of `attempt`, but not against what is still to come."""
         stream = self.staged.get(partition, {}).get(attempt)
-        if stream is not None:
-            self.drop(stream)
-            stream.is_unwanted = False
+        if stream is not None and stream.portions:
+            self._give_back(stream.portions.popleft())
 
     def publish(self, chunk: ChunkRef) -> None:
         """Count a chunk that the child is about to hear of."""
