@@ -34,6 +34,15 @@ def test_the_zip_holds_the_package_and_its_companions_compiled() -> None:
     assert len(archive.build()) < 1_000_000  # travels inside each task of the launch job
 
 
+def test_what_only_a_notebook_needs_stays_at_home() -> None:
+    from test_imports import LAYERS
+
+    names = set(zipfile.ZipFile(io.BytesIO(archive.build())).namelist())
+    paths = {module: module.replace(".", "/") for module in LAYERS}
+    there = {module for module, path in paths.items() if {f"{path}.py", f"{path}/__init__.py"} & names}
+    assert there == {module for module, layer in LAYERS.items() if layer != "notebook"}
+
+
 def test_an_entry_runs_where_the_package_is_not_installed_and_leaves_nothing(tmp_path: Path) -> None:
     function = archive.by_value("tfos_magic.roles:_testing_entry", archive.build())
     data = cloudpickle.dumps(function)

@@ -564,27 +564,36 @@ def test_a_structured_streaming_query_feeds_by_foreachbatch(spark_script: Any, t
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:DStream is deprecated")
-def test_a_dstream_feeds_until_a_node_wants_no_more(spark_local4: Any) -> None:
-    from pyspark.streaming import StreamingContext
+def test_a_dstream_feeds_until_a_node_wants_no_more(spark_script: Any) -> None:
+    done = spark_script(  # a process of its own, for the same reason
+        f"""
+        import sys
+        sys.path.insert(0, {str(__file__).rpartition("/")[0]!r})
+        from pyspark.sql import SparkSession
+        from pyspark.streaming import StreamingContext
+        from test_tfcluster import start
 
-    def some(args: Any, ctx: Any) -> int:
-        feed, seen = ctx.get_data_feed(), 0
-        while not feed.should_stop():
-            seen += len(feed.next_batch(5))
-            if seen >= 30:
-                feed.terminate()
-        return seen
+        def some(args, ctx):
+            feed, seen = ctx.get_data_feed(), 0
+            while not feed.should_stop():
+                seen += len(feed.next_batch(5))
+                if seen >= 30:
+                    feed.terminate()
+            return seen
 
-    sc = spark_local4.sparkContext
-    ssc = StreamingContext(sc, 0.5)
-    cluster = start(spark_local4, some, 1)
-    cluster.train(ssc.queueStream([sc.parallelize(range(10), 2) for _ in range(100)]))
-    ssc.start()
-    cluster.shutdown(ssc)
-    assert cluster.result is not None
-    assert cluster.result.values == [30]
-    assert spark_local4.range(3).count() == 3  # the SparkContext lives
+        spark = SparkSession.builder.getOrCreate()
+        sc = spark.sparkContext
+        ssc = StreamingContext(sc, 0.5)
+        cluster = start(spark, some, 1)
+        cluster.train(ssc.queueStream([sc.parallelize(range(10), 2) for _ in range(100)]))
+        ssc.start()
+        cluster.shutdown(ssc)
+        assert cluster.result.values == [30], cluster.result.values
+        assert spark.range(3).count() == 3  # the SparkContext lives
+        print("all well")
+        """
+    )
+    assert "all well" in done.stdout
 
 
 # --- TFParallel -------------------------------------------------------------------------------------------

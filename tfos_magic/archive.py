@@ -25,6 +25,14 @@ from pathlib import Path
 from typing import Any
 
 _COMPANIONS = ("cloudpickle", "pynvml")
+# Spark broadcasts what is larger than 1 MiB; so nothing travels in vain.
+_LEFT_OUT = frozenset({"arguments", "completion", "dry_run", "magics", "notebook", "standing", "widgets"})
+"""Modules and folders of the notebook's side."""
+_SOURCE_ONLY = frozenset(
+    {"TFCluster", "TFParallel", "cluster", "dfutil", "failures", "feeding", "inference", "java", "jobs", "launching"}
+    | {"pipeline", "pipeline_files", "pipeline_params", "pynvml", "queues", "result", "session", "members", "roles"}
+)
+"""What an executor imports seldom or never goes without bytecode."""
 
 
 @functools.cache
@@ -32,11 +40,13 @@ def build() -> bytes:
     """Return the zip: sources, and bytecode of this Python, which another version ignores in favour of the sources."""
     stream = io.BytesIO()
     with (
-        zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive,
+        zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive,
         tempfile.TemporaryDirectory(prefix="tfos_magic-") as scratch,
     ):
         for source, name in _files():
             archive.write(source, name)
+            if source.stem in _SOURCE_ONLY:
+                continue
             compiled = Path(scratch) / "module.pyc"
             py_compile.compile(
                 str(source), str(compiled), name, invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH
@@ -48,7 +58,9 @@ def build() -> bytes:
 def _files() -> Iterator[tuple[Path, str]]:
     package = Path(__file__).parent
     for path in sorted(package.rglob("*.py")):
-        yield path, f"{package.name}/{path.relative_to(package)}"
+        name = path.relative_to(package)
+        if name.with_suffix("").parts[0] not in _LEFT_OUT:
+            yield path, f"{package.name}/{name}"
     for companion in _COMPANIONS:
         spec = importlib.util.find_spec(companion)
         if spec is None or spec.origin is None:

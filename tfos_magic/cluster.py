@@ -297,9 +297,7 @@ class Cluster:
         with self.changed:
             header = message.header
             if message.type == "hello":
-                node = self._nodes[header["index"]]
-                if node.greet(peer, dict(header)) and not self._options.waits_for_all:
-                    self._briefing.send_alone(node)
+                self._welcome(self._nodes[header["index"]], peer, header)
             elif message.type == "commit":
                 self._commit(peer, header)
             elif message.type == "feed_error" and header["feed"] in self._feeds:
@@ -308,6 +306,14 @@ class Cluster:
             elif "member" in peer.info:
                 self._take_report(peer.info["member"], message)
             self.changed.notify_all()
+
+    def _welcome(self, node: Member, peer: Peer, hello: Mapping[str, Any]) -> None:
+        if not node.greet(peer, dict(hello)):
+            return
+        if self._is_closing:  # its task began just before the end: it has missed the word to stop
+            node.send({"type": "stop"})
+        elif not self._options.waits_for_all:
+            self._briefing.send_alone(node)
 
     def _commit(self, task: Peer, header: Mapping[str, Any]) -> None:
         if header["feed"] in self._feeds:
