@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 
 _PATIENCE_S = 60.0
 _CONSEQUENCE_GRACE_S = 1.5
+_SETTLE_TIMEOUT_S = 2.0
 _CLOSE_TIMEOUT_S = 15.0  # for processes to end that have been told to; on a busy machine even that takes its time
 
 
@@ -468,11 +469,13 @@ class Cluster:
         try:
             self._stop_nodes()
         finally:
+            self._launch.cancel()
+            self._launch.wait(_CLOSE_TIMEOUT_S)
+            if self._server is not None and not all(node.peer for node in self._nodes):
+                self._launch.settle(_SETTLE_TIMEOUT_S)
             # Whatever is still alive now loses its connection, and an agent without one ends at once.
             if self._server is not None:
                 self._server.close()
-            self._launch.cancel()
-            self._launch.wait(_CLOSE_TIMEOUT_S)
             for job in [feed.job for feed in self._feeds.values() if feed.job is not None]:
                 job.cancel()
                 job.wait(_CLOSE_TIMEOUT_S)
