@@ -85,8 +85,8 @@ class Inference:
         self._spark = session.as_session(spark)
         self._emit = on_event
         self._data = data
-        self._asked = _require_columns(data, options.features, "--features")
-        self._keep = _require_columns(data, keep, "--keep")
+        self._asked = _require_columns(data, options.features)
+        self._keep = _require_columns(data, keep)
         wanted = self._parse(schema)
         self._timeout_s = options.timeout_s
         options = replace(options, timeout_s=None)
@@ -253,7 +253,7 @@ def _task(entry: str, plan: dict[str, Any]) -> Any:
     return functools.partial(archive.by_value(f"tfos_magic.feed.task:{entry}", archive.build()), plan)
 
 
-def _require_columns(data: DataFrame, names: Sequence[str] | None, option: str) -> list[str]:
+def _require_columns(data: DataFrame, names: Sequence[str] | None) -> list[str]:
     from tfos_magic.feed.columns import unknown_column
 
     for name in names or ():

@@ -169,11 +169,6 @@ class StreamSource:
 
     # --- readers ------------------------------------------------------------------------------------------
 
-    @property
-    def is_terminated(self) -> bool:
-        """Whether somebody has called :meth:`terminate`, on this node or another."""
-        return self._is_terminated
-
     def next_item(self) -> Rows | EndPartition | None:
         """Return the next rows or the end of a partition; waits. None when no further row will come.
 
