@@ -224,6 +224,16 @@ def test_inference_over_a_stream_stops_where_partitions_end(wire: Wire) -> None:
     assert wire.results == [(2, [10, 20]), (2, [30]), (3, [40])]
 
 
+def test_chunks_of_a_task_that_is_gone_give_their_space_back(wire: Wire) -> None:
+    wire.rows([1, 2], session=1)
+    wire.rows([3], session=2)
+    wire.stream.lose(1)
+    wire.rows([4, 5], session=1)  # it was on its way
+    wire.stream.finish()
+    assert DataFeed(wire.manager, train_mode=False).next_batch(9) == [3]
+    assert wire.names().count("released") == 3
+
+
 def test_objects_of_a_stream_become_arrays(wire: Wire) -> None:
     wire.rows([(1, [0.5, 1.0]), (2, [1.5, 2.0])])
     wire.rows([(3, [2.5, 3.0])])

@@ -20,12 +20,19 @@ import pytest
 from feed_cluster import fake_cluster, numbered
 
 from tfos_magic.errors import FeedError
-from tfos_magic.feed import wire
+from tfos_magic.feed import link, wire
 from tfos_magic.feed.cargo import FeedPlan
 from tfos_magic.feed.sender import feed_partition
 from tfos_magic.feed.staging import ChunkReady, FeedFailed
 
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True, params=["same host", "another host"])
+def way(request, monkeypatch):
+    """Each test twice: the task writes into the node's spool, or sends the chunks over TCP."""
+    monkeypatch.setattr(link, "is_here", lambda host: request.param == "same host")
+    return request.param
 
 
 def stage_only(rows: list[int]) -> bool:

@@ -12,9 +12,17 @@ import pytest
 from feed_cluster import fake_cluster, numbered
 
 from tfos_magic.errors import DataError, FeedError
+from tfos_magic.feed import link
 from tfos_magic.feed.cargo import FeedPlan
 from tfos_magic.feed.sender import feed_partition
 from tfos_magic.feed.staging import ChunkReady, FeedFailed
+
+
+@pytest.fixture(autouse=True, params=["same host", "another host"])
+def way(request, monkeypatch):
+    """Each test twice: the task writes into the node's spool, or sends the chunks over TCP."""
+    monkeypatch.setattr(link, "is_here", lambda host: request.param == "same host")
+    return request.param
 
 
 @pytest.mark.parametrize("sizes", [[1] * 10, [0, 0, 1, 0], [9999, 1, 0, 3], [7] * 30, [0] * 3])

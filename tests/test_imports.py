@@ -45,6 +45,7 @@ LAYERS = {
     "tfos_magic.feed.dataset": "executor",
     "tfos_magic.feed.exchange": "executor",
     "tfos_magic.feed.kept": "executor",
+    "tfos_magic.feed.link": "executor",
     "tfos_magic.feed.readers": "executor",
     "tfos_magic.feed.receiver": "executor",
     "tfos_magic.feed.rows": "executor",

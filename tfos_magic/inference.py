@@ -34,6 +34,7 @@ from tfos_magic.status import Event, PhaseChanged, RunEnded
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
 
+    from tfos_magic.result import NodeInfo
     from tfos_magic.shipping import Payload
 
 _SAMPLE_ROWS = 4
@@ -96,6 +97,7 @@ class Inference:
         with self._ending_on_error():
             self._cluster.start(timeout_s=self._timeout_s)
             self._wait(lambda: all(node.is_predicting for node in self._cluster.fed_nodes), "load the model")
+            self._plan = self._plan_questions(options.batch_size)
             self.frame = self._make_frame(wanted)
             on_event(PhaseChanged("ready: nodes wait for questions"))
         self._watch = threading.Thread(target=self._tell_failure, name="tfos_magic watch", daemon=True)
@@ -105,6 +107,12 @@ class Inference:
     def is_open(self) -> bool:
         """Whether the nodes are there."""
         return not self._cluster.has_failed and not self._cluster.is_closing
+
+    @property
+    def nodes(self) -> tuple[NodeInfo, ...]:
+        """Where the nodes run; none when they are gone."""
+        running = self._cluster.nodes if self.is_open else ()
+        return tuple(node.describe() for node in running if node.peer is not None)
 
     def save(self, path: str, mode: str = "errorifexists") -> DataFrame:
         """Compute everything once, write it as Parquet, stop the nodes, and return the written DataFrame.
@@ -151,7 +159,7 @@ class Inference:
                 hint="Give it another name, or leave the input's out: --keep "
                 + ",".join(name for name in self._keep if name not in taken),
             )
-        plan = {**self._plan(), "schema": session.arrow_schema(wanted).serialize().to_pybytes()}
+        plan = {**self._plan, "schema": session.arrow_schema(wanted).serialize().to_pybytes()}
         function = session.arrow_function(_task("predict_column", plan), wanted)
         if function is None:
             kept = [plain.schema[name] for name in self._keep]
@@ -168,7 +176,7 @@ class Inference:
 
         self._emit(PhaseChanged("asking for the result's types"))
         few = plain.limit(_SAMPLE_ROWS).coalesce(1)
-        task = _task("predict_schema", self._plan())
+        task = _task("predict_schema", self._plan)
         rows = self._run(lambda: few.mapInArrow(task, "schema binary").collect(), "ask for the result's types")
         if not rows:
             raise DataError(
@@ -177,9 +185,10 @@ class Inference:
             )
         return session.spark_schema(pa.ipc.read_schema(pa.py_buffer(bytes(rows[0][0]))))
 
-    def _plan(self) -> dict[str, Any]:
+    def _plan_questions(self, batch_size: int) -> dict[str, Any]:
         questions = self._cluster.queues.plan_questions(_QUEUE)
-        return {**questions, "patience_s": _PATIENCE_S, "asked": self._asked, "keep": self._keep}
+        asked = {"asked": self._asked, "keep": self._keep, "batch_rows": batch_size}
+        return {**questions, **asked, "patience_s": _PATIENCE_S}
 
     def _parse(self, schema: str | None) -> Any:
         if schema is None:

@@ -38,6 +38,8 @@ class FeedPlan:
         whole partition by default.
     chunk_bytes : int
         Aimed size of a chunk.
+    batch_rows : int
+        How many rows the node works on at once: a chunk holds a multiple of them, so that few batches are short.
     timeout_s : float, optional
         How long a node may make no progress at all before the task fails. None for a queue: there the node may be as
         slow as it likes, and the driver watches whether it gets on.
@@ -51,6 +53,7 @@ class FeedPlan:
     nodes: tuple[tuple[str, int], ...]
     portion_bytes: int | None = None
     chunk_bytes: int = 2 << 20
+    batch_rows: int = 1
     timeout_s: float | None = 120.0
     allow_nulls: bool = False
 
@@ -142,7 +145,7 @@ class _Batches:
                 batch = batch.slice(0, row_count)
             row_count -= batch.num_rows
             self.row_count -= batch.num_rows
-            for piece in _split(batch, self._plan.chunk_bytes):
+            for piece in _split(batch, self._plan):
                 yield memoryview(piece.serialize()), piece.num_rows
 
 
@@ -189,10 +192,14 @@ def of_objects(rows: Iterable[Any], plan: FeedPlan) -> Iterator[Load]:
         count = max(len(plan.nodes), min(wanted, 4 * count, _MOST_OBJECTS * len(plan.nodes)))
 
 
-def _split(batch: pa.RecordBatch, chunk_bytes: int) -> Iterator[pa.RecordBatch]:
-    count = max(1, round(batch.nbytes / chunk_bytes))
-    rows = -(-batch.num_rows // count)
+def _split(batch: pa.RecordBatch, plan: FeedPlan) -> Iterator[pa.RecordBatch]:
+    count = max(1, round(batch.nbytes / plan.chunk_bytes))
+    rows = _rounded_up(-(-batch.num_rows // count), plan.batch_rows)
     return (batch.slice(start, rows) for start in range(0, batch.num_rows, rows))
+
+
+def _rounded_up(number: int, step: int) -> int:
+    return -(-number // step) * step
 
 
 def _grouped(batches: Iterator[pa.RecordBatch], group_bytes: int) -> Iterator[list[pa.RecordBatch]]:

@@ -9,7 +9,6 @@ when Spark does not take results any more (``limit``, a slow writer), neither ro
 from __future__ import annotations
 
 import select
-import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 from tfos_magic.errors import FeedError
 from tfos_magic.feed import cargo, objects, wire
 from tfos_magic.feed.cargo import FeedPlan, Load
-from tfos_magic.feed.sender import Link
+from tfos_magic.feed.link import Link, is_here
 
 _RECEIVE_BYTES = 1 << 20
 
@@ -51,11 +50,11 @@ def exchange(loads: Iterator[Load], plan: FeedPlan, partition: int, patience_s: 
 
     Parameters and errors are those of :func:`ask_objects`.
     """
-    first = next(loads, None)
-    if first is None:
-        return
-    link = _connect(plan, partition)
+    link = _connect(plan, partition)  # while Spark makes the first batch
     try:
+        first = next(loads, None)
+        if first is None:
+            return
         opening = {"name": plan.name, "wants_results": True, "columns": first.columns}
         link.open(opening, first.schema_ipc)
         yield from _Conversation(link, _chunks(first, loads), plan, patience_s).run()
@@ -83,18 +82,8 @@ def _chunks(first: Load, others: Iterator[Load]) -> Iterator[tuple[memoryview | 
 
 def _choose(plan: FeedPlan, partition: int) -> int:
     """Return the index of the node to ask: of those on this host, or of all, each in its turn."""
-    near = [index for index, (host, _) in enumerate(plan.nodes) if _is_here(host)] or list(range(len(plan.nodes)))
+    near = [index for index, (host, _) in enumerate(plan.nodes) if is_here(host)] or list(range(len(plan.nodes)))
     return near[partition % len(near)]
-
-
-def _is_here(host: str) -> bool:
-    """Return whether an address is this machine's: only then a socket can be bound to it."""
-    try:
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.bind((host, 0))
-    except OSError:
-        return False
-    return True
 
 
 class _Conversation:
@@ -109,6 +98,7 @@ class _Conversation:
         self._patience_s = patience_s
         self._frames = wire.FrameReader()
         self._outgoing = memoryview(b"")
+        self._asked_for: memoryview | bytes | None = None
         self._has_sent_all = False
         self._rows_sent = 0
         self._rows_back = 0
@@ -130,16 +120,31 @@ class _Conversation:
             moved_at = time.monotonic()
 
     def _refill(self) -> None:
-        if self._outgoing or self._has_sent_all:
+        if self._outgoing or self._has_sent_all or self._asked_for is not None:
             return
         chunk = next(self._chunks, None)
         if chunk is None:
             self._has_sent_all = True
-            frame = wire.frame(wire.END, b"", self._rows_sent)
+            self._say(wire.END, b"", self._rows_sent)
+            return
+        payload, row_count = chunk
+        if self._link.writer is None:
+            self._say(wire.CHUNK, payload, row_count)
         else:
-            frame = wire.frame(wire.CHUNK, *chunk)
-            self._rows_sent += chunk[1]
-        self._outgoing = memoryview(frame)
+            self._asked_for = payload
+            self._say(wire.ASK, wire.pack_number(len(payload)), row_count)
+        self._rows_sent += row_count
+
+    def _write(self, place: bytes) -> None:
+        """Write the chunk that the node has found a place for."""
+        if self._asked_for is None or self._link.writer is None:
+            raise FeedError(f"Feed '{self._plan.name}': the node named a place that nobody had asked for.")
+        self._link.writer.write(self._asked_for, wire.unpack_number(place))
+        self._asked_for = None
+        self._say(wire.WRITTEN)
+
+    def _say(self, kind: bytes, payload: memoryview | bytes = b"", row_count: int = 0) -> None:
+        self._outgoing = memoryview(bytes(self._outgoing) + wire.frame(kind, payload, row_count))
 
     def _send(self) -> None:
         self._outgoing = self._outgoing[self._link.socket.send(self._outgoing) :]
@@ -149,6 +154,9 @@ class _Conversation:
         if not data:
             raise self._gone("it ended")
         for header, payload in self._frames.feed(data):
+            if header.kind == wire.PLACE:
+                self._write(payload)
+                continue
             if header.kind != wire.RESULTS:
                 raise FeedError(f"Feed '{self._plan.name}': the node refused the rows: {payload.decode()}")
             self._rows_back += header.row_count

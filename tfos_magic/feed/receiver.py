@@ -20,10 +20,11 @@ import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 
 from tfos_magic.errors import FeedError, TfosError
 from tfos_magic.feed import wire
-from tfos_magic.feed.spool import ChunkRef
+from tfos_magic.feed.spool import ChunkRef, Spool
 from tfos_magic.feed.staging import (
     ChunkReady,
     Feed,
@@ -46,7 +47,7 @@ _TCP_ESTABLISHED = 1
 class _Session:
     """The way back to one Spark task that waits for results.
 
-    Its thread writes them, so that neither the agent's loop nor the thread that reads the task's rows ever waits.
+    Its thread writes them, so that the agent's loop never waits for a task.
     """
 
     def __init__(self, number: int, feed: Feed, connection: socket.socket) -> None:
@@ -55,6 +56,7 @@ class _Session:
         self.rows_taken = 0
         self.rows_answered = 0
         self._connection = connection
+        self._writing = threading.Lock()
         self._waiting: queue.SimpleQueue[tuple[bytes, bytes, int] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._write, name="tfos-feed-results", daemon=True)
         self._thread.start()
@@ -69,6 +71,11 @@ class _Session:
         self.rows_answered += row_count
         self._waiting.put((wire.RESULTS, results, row_count))
 
+    def say(self, kind: bytes, payload: bytes) -> None:
+        """Send a word to the task between two results. Called by the thread that reads from it."""
+        with self._writing:
+            wire.send_frame(self._connection, kind, payload)
+
     def refuse(self, message: str) -> None:
         """Say why no further result will come."""
         self._waiting.put((wire.REFUSED, message.encode(), 0))
@@ -81,7 +88,8 @@ class _Session:
     def _write(self) -> None:
         while (item := self._waiting.get()) is not None:
             try:
-                wire.send_frame(self._connection, *item)
+                with self._writing:
+                    wire.send_frame(self._connection, *item)
             except OSError:  # the task is gone; whoever reads from it notices
                 return
 
@@ -283,7 +291,7 @@ class FeedReceiver:
             with connection, suppress(OSError, wire.ConnectionEndedError):
                 if self._is_sender(connection):
                     connection.settimeout(None)
-                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                    wire.keep_open(connection)
                     self._receive(connection)
         finally:
             with self._lock:
@@ -333,6 +341,8 @@ class FeedReceiver:
             feed = self._open(opening, schema_ipc)
             stream = feed.stage(int(str(opening["partition"])), int(str(opening["attempt"])))
         try:
+            if opening.get("is_here"):
+                wire.send_frame(connection, wire.SPOOL, json.dumps(feed.spool.offer).encode())
             while True:
                 header, row_count = self._receive_portion(connection, feed, stream)
                 if header.kind == wire.END:
@@ -350,7 +360,7 @@ class FeedReceiver:
 
     def _receive_portion(self, connection: socket.socket, feed: Feed, stream: Stream) -> tuple[wire.Header, int]:
         row_count = 0
-        while (header := wire.receive_header(connection)).kind == wire.CHUNK:
+        while (header := wire.receive_header(connection)).kind in (wire.CHUNK, wire.ASK):
             self._receive_chunk(connection, header, feed, stream)
             row_count += header.row_count
         if header.kind not in (wire.MARK, wire.END) or header.row_count != row_count:
@@ -360,11 +370,12 @@ class FeedReceiver:
         return header, row_count
 
     def _receive_chunk(self, connection: socket.socket, header: wire.Header, feed: Feed, stream: Stream) -> None:
-        self._wait_for_room(connection, lambda: feed.has_room(stream, header.length_bytes, self._waiting()))
+        coming = _Coming.announced(connection, header)
+        self._wait_for_room(connection, lambda: feed.has_room(stream, coming.length_bytes, self._waiting()))
         if stream.is_unwanted:
-            _skip(connection, header.length_bytes)
+            coming.skip(lambda: wire.send_frame(connection, wire.UNWANTED))
             return
-        chunk = _spooled(connection, header, feed)
+        chunk = coming.into(feed.spool, lambda place: wire.send_frame(connection, wire.PLACE, place))
         with self._lock:
             feed.keep(stream, chunk)
 
@@ -385,8 +396,10 @@ class FeedReceiver:
     def _serve_session(self, connection: socket.socket, opening: dict[str, object], schema_ipc: bytes) -> None:
         feed = self._open(opening, schema_ipc)
         with self._session(connection, feed) as session:
+            if opening.get("is_here"):
+                session.say(wire.SPOOL, json.dumps(feed.spool.offer).encode())
             try:
-                while (header := wire.receive_header(connection)).kind == wire.CHUNK:
+                while (header := wire.receive_header(connection)).kind in (wire.CHUNK, wire.ASK):
                     self._receive_question(connection, header, feed, session)
             except wire.ConnectionEndedError:
                 return
@@ -397,11 +410,12 @@ class FeedReceiver:
 
     def _receive_question(self, connection: socket.socket, header: wire.Header, feed: Feed, session: _Session) -> None:
         limit = feed.limit_bytes or 0
+        coming = _Coming.announced(connection, header)
         self._wait_for_room(
             connection,
-            lambda: self._waiting().published_bytes + header.length_bytes <= limit or session.is_answered,
+            lambda: self._waiting().published_bytes + coming.length_bytes <= limit or session.is_answered,
         )
-        chunk = _spooled(connection, header, feed)
+        chunk = coming.into(feed.spool, lambda place: session.say(wire.PLACE, place))
         with self._lock:
             if feed.is_over:
                 raise FeedError("The node takes no more rows: its function has ended the feed.")
@@ -426,10 +440,39 @@ class FeedReceiver:
             session.close()
 
 
-def _spooled(connection: socket.socket, header: wire.Header, feed: Feed) -> ChunkRef:
-    return feed.spool.append_from(
-        lambda piece: wire.receive_into(connection, piece), header.length_bytes, header.row_count
-    )
+@dataclass(frozen=True)
+class _Coming:
+    """A chunk that a task has announced: its bytes follow, or it will write them where it is told to."""
+
+    connection: socket.socket
+    length_bytes: int
+    row_count: int
+    is_here: bool
+
+    @classmethod
+    def announced(cls, connection: socket.socket, header: wire.Header) -> _Coming:
+        is_here = header.kind == wire.ASK
+        length = wire.unpack_number(wire.receive_payload(connection, header)) if is_here else header.length_bytes
+        return cls(connection, length, header.row_count, is_here)
+
+    def into(self, spool: Spool, tell: Callable[[bytes], None]) -> ChunkRef:
+        """Take it in; `tell` sends the task a place."""
+        if not self.is_here:
+            return spool.append_from(
+                lambda piece: wire.receive_into(self.connection, piece), self.length_bytes, self.row_count
+            )
+        with spool.place(self.length_bytes, self.row_count) as chunk:
+            tell(wire.pack_number(chunk.offset))
+            _expect(self.connection, wire.WRITTEN)
+        return chunk
+
+    def skip(self, decline: Callable[[], None]) -> None:
+        """Let it pass; `decline` tells the task not to write."""
+        if self.is_here:
+            decline()
+            _expect(self.connection, wire.WRITTEN)
+        else:
+            _skip(self.connection, self.length_bytes)
 
 
 def _expect(connection: socket.socket, kind: bytes) -> wire.Header:

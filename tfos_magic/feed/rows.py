@@ -48,35 +48,57 @@ class ArrowRows:
     Parameters
     ----------
     batch : pyarrow.RecordBatch
+    start, stop : int, optional
+        The part of `batch` that counts.
     """
 
-    def __init__(self, batch: pa.RecordBatch) -> None:
-        self._batch = batch
+    def __init__(self, batch: pa.RecordBatch | _Chunk, start: int = 0, stop: int | None = None) -> None:
+        self._chunk = batch if isinstance(batch, _Chunk) else _Chunk(batch)
+        self._start = start
+        self._stop = self._chunk.batch.num_rows if stop is None else stop
 
     def __len__(self) -> int:
-        return int(self._batch.num_rows)
+        return self._stop - self._start
 
     @property
     def names(self) -> list[str]:
         """The columns' names."""
-        return list(self._batch.schema.names)
+        return self._chunk.names
 
     def cut(self, row_count: int) -> tuple[ArrowRows, ArrowRows]:
         """Return the first `row_count` rows and the rest: views of the same memory."""
-        return ArrowRows(self._batch.slice(0, row_count)), ArrowRows(self._batch.slice(min(row_count, len(self))))
+        middle = min(self._start + row_count, self._stop)
+        return ArrowRows(self._chunk, self._start, middle), ArrowRows(self._chunk, middle, self._stop)
 
     def items(self) -> list[Any]:
         """Return tuples in column order, or plain values if there is one column."""
-        values = [_python_values(column) for column in self._batch.columns]
+        batch = self._chunk.batch.slice(self._start, len(self))
+        values = [_python_values(column) for column in batch.columns]
         return values[0] if len(values) == 1 else list(zip(*values, strict=True))
 
     def arrays(self, mapping: Mapping[str, str]) -> dict[str, Array]:
         """Return tensor name → array; lists of equal lengths become ``(n, k)``, text an object array of str."""
-        names = self._batch.schema.names
-        for name in mapping:
-            if name not in names:
-                raise columns.unknown_column(name, names)
-        return {tensor: columns.to_numpy(self._batch.column(name)) for name, tensor in mapping.items()}
+        return {tensor: self._chunk.rows_of(name, self._start, self._stop) for name, tensor in mapping.items()}
+
+
+class _Chunk:
+    """The columns that rows are parts of; each becomes a NumPy array once, however small the parts."""
+
+    def __init__(self, batch: pa.RecordBatch) -> None:
+        self.batch = batch
+        self.names: list[str] = list(batch.schema.names)
+        self._arrays: dict[str, Array] = {}
+
+    def rows_of(self, name: str, start: int, stop: int) -> Array:
+        """Return some rows of a column."""
+        array = self._arrays.get(name)
+        if array is None:
+            if name not in self.names:
+                raise columns.unknown_column(name, self.names)
+            array = self._arrays[name] = columns.to_numpy(self.batch.column(name))
+        if array.dtype == object:  # lists of several lengths: those of these rows may be of one
+            return columns.to_numpy(self.batch.column(name).slice(start, stop - start))
+        return array[start:stop]
 
 
 class ObjectRows:

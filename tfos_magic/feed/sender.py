@@ -9,17 +9,14 @@ has confirmed its share, the driver is asked whether this attempt is the one tha
 
 from __future__ import annotations
 
-import json
-import select
-import socket
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from tfos_magic.errors import FeedError
-from tfos_magic.feed import cargo, wire
+from tfos_magic.feed import cargo
 from tfos_magic.feed.cargo import FeedPlan, Load, Portion
+from tfos_magic.feed.link import Link
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -145,92 +142,3 @@ class _Dealer:
             self._stack.callback(link.close)
             link.open(opening, load.schema_ipc)
             self._links.append(link)
-
-
-class Link:
-    """The connection to one node."""
-
-    def __init__(self, index: int, plan: FeedPlan) -> None:
-        address = plan.nodes[index]
-        self.row_count = 0
-        self._who = f"node {index} at {address[0]}:{address[1]}"
-        self._feed_name = plan.name
-        try:
-            self.socket = socket.create_connection(address, timeout=wire.HANDSHAKE_TIMEOUT_S)
-        except OSError as error:
-            raise self.lost(error, "could not connect to") from error
-        try:
-            self._shake_hands(plan)
-        except BaseException:
-            self.close()
-            raise
-
-    def open(self, opening: Mapping[str, Any], schema_ipc: bytes) -> None:
-        """Say which rows will come."""
-        self._say(wire.OPEN, json.dumps(opening).encode())
-        self._say(wire.SCHEMA, schema_ipc)
-
-    def send(self, payload: memoryview | bytes, row_count: int) -> None:
-        """Send one chunk; waits while the node is slower."""
-        if select.select([self.socket], [], [], 0)[0]:
-            self.confirm()  # a node only speaks before the end to refuse
-        self._say(wire.CHUNK, payload, row_count)
-        self.row_count += row_count
-
-    def mark(self, *, is_last: bool) -> None:
-        """Say that a portion is complete."""
-        self._say(wire.END if is_last else wire.MARK, b"", self.row_count)
-
-    def confirm(self) -> int:
-        """Wait until the node has confirmed all rows of the portion; return how many, and begin the next."""
-        try:
-            header = wire.receive_header(self.socket)
-            payload = wire.receive_payload(self.socket, header)
-        except (OSError, wire.ConnectionEndedError) as error:
-            raise self.lost(error, "lost") from error
-        if header.kind != wire.ACCEPTED or header.row_count != self.row_count:
-            raise FeedError(f"Feed '{self._feed_name}': {self._who} refused the rows: {payload.decode()}")
-        self.row_count = 0
-        return header.row_count
-
-    def close(self) -> None:
-        """Hang up."""
-        self.socket.close()
-
-    def _shake_hands(self, plan: FeedPlan) -> None:
-        try:
-            is_receiver = wire.prove_as_sender(self.socket, plan.secret)
-        except (OSError, wire.ConnectionEndedError) as error:
-            raise self.lost(error, "got no greeting from") from error
-        if not is_receiver:
-            raise FeedError(
-                f"Feed '{plan.name}': {self._who} and this Spark task do not share a secret.",
-                cause="That port now belongs to another run or another program.",
-            )
-        # Not TCP_USER_TIMEOUT: the kernel would give up on a node that is alive and only slower than Spark.
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        self.socket.settimeout(plan.timeout_s)
-
-    def _say(self, kind: bytes, payload: memoryview | bytes, row_count: int = 0) -> None:
-        try:
-            wire.send_frame(self.socket, kind, payload, row_count)
-        except OSError as error:
-            self._explain_refusal()
-            raise self.lost(error, "lost") from error
-
-    def _explain_refusal(self) -> None:
-        """Raise what the node said before it hung up, if it said anything."""
-        try:
-            readable = select.select([self.socket], [], [], 0)[0]
-        except (OSError, ValueError):
-            return
-        if readable:
-            self.confirm()
-
-    def lost(self, error: Exception, what: str) -> FeedError:
-        """Return the error that says which node went away, and when."""
-        reason = "no progress for too long" if isinstance(error, TimeoutError) else str(error) or type(error).__name__
-        return FeedError(
-            f"Feed '{self._feed_name}': this Spark task {what} {self._who} after {self.row_count:,} rows ({reason}).",
-            cause="The node ended, its machine is gone, or a firewall is between the executors.",
-        )

@@ -111,14 +111,14 @@ class Feed:
     ----------
     name : str
     directory : str
-        For the spool.
+        For the spool of a cached feed; what passes stays in memory.
     limit_bytes : int, optional
         For a delivery into a queue: how much may wait. None for a cached feed, which has no bound but the disk.
     """
 
     def __init__(self, name: str, directory: str, limit_bytes: int | None = None) -> None:
         self.name = name
-        self.spool = Spool(directory)
+        self.spool = Spool(directory if limit_bytes is None else None)
         self.limit_bytes = limit_bytes
         self.columns: str | None = None
         self.staged: dict[int, dict[int, Stream]] = {}
@@ -211,7 +211,7 @@ class Feed:
         """Give back the space of a chunk that the child has taken."""
         self.published_bytes -= chunk.length_bytes
         if self.spool.fd >= 0:
-            self.spool.discard(chunk)
+            self.spool.recycle(chunk)
 
     def finish(self) -> None:
         """Take nothing more."""

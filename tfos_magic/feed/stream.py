@@ -136,8 +136,11 @@ class StreamSource:
         """Forget a session whose Spark task is gone; its rows need no answer."""
         with self._changed:
             self._lost_sessions.add(session)
+            dead = [item for item in self._queue if self._is_dead(item)]
             self._queue = deque(item for item in self._queue if not self._is_dead(item))
             self._changed.notify_all()
+        for item in dead:
+            self._release(item)
 
     def finish(self) -> None:
         """Take note that no further delivery will come: readers get to the end."""
@@ -186,8 +189,7 @@ class StreamSource:
                 return EndPartition()
             self._handed.append(_Portion(item.delivery, item.session, item.chunk.row_count))
             data = os.pread(item.delivery.fd, item.chunk.length_bytes, item.chunk.offset)
-        place = [item.chunk.offset, item.chunk.length_bytes]
-        self._report.send("released", feed=item.delivery.name, chunk=place)
+        self._release(item)
         return self._rows(item.delivery, data)
 
     def has_rows(self) -> bool:
@@ -264,9 +266,18 @@ class StreamSource:
 
     def _append(self, item: _Queued) -> None:
         with self._changed:
-            if not self._is_terminated and not self._is_dead(item):
+            is_dead = self._is_dead(item)
+            if not self._is_terminated and not is_dead:
                 self._queue.append(item)
                 self._changed.notify_all()
+        if is_dead:
+            self._release(item)
+
+    def _release(self, item: _Queued) -> None:
+        """Let the agent use a chunk's space again."""
+        if item.chunk is not None:
+            place = [item.chunk.offset, item.chunk.length_bytes]
+            self._report.send("released", feed=item.delivery.name, chunk=place)
 
     def _is_dead(self, item: _Queued) -> bool:
         return item.session is not None and item.session in self._lost_sessions

@@ -150,7 +150,7 @@ def _feed_plan(plan: dict[str, Any]) -> FeedPlan:
     from tfos_magic.feed.cargo import FeedPlan
 
     nodes = tuple((host, port) for host, port in plan["nodes"])
-    feed_plan = FeedPlan(plan["name"], bytes.fromhex(plan["secret"]), nodes)
+    feed_plan = FeedPlan(plan["name"], bytes.fromhex(plan["secret"]), nodes, batch_rows=plan.get("batch_rows", 1))
     return feed_plan.into_queue(plan["portion_bytes"]) if plan["is_queue"] else feed_plan
 
 

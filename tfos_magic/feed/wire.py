@@ -34,8 +34,8 @@ from tfos_magic.errors import FeedError
 HANDSHAKE_TIMEOUT_S = 10.0
 """A peer that has not proved itself after this long is dropped."""
 
-OPEN, SCHEMA, CHUNK, MARK, END = b"O", b"S", b"C", b"M", b"E"
-ACCEPTED, REFUSED, RESULTS = b"A", b"X", b"R"
+OPEN, SCHEMA, CHUNK, ASK, WRITTEN, MARK, END = b"O", b"S", b"C", b"Q", b"W", b"M", b"E"
+SPOOL, PLACE, UNWANTED, ACCEPTED, REFUSED, RESULTS = b"F", b"P", b"N", b"A", b"X", b"R"
 
 SMALL_FRAME_BYTES = 16 << 20
 """Largest payload of a frame that is kept in memory: everything but chunks and results."""
@@ -43,7 +43,9 @@ SMALL_FRAME_BYTES = 16 << 20
 _MAGIC = b"tfos-feed-1\n"
 _NONCE_BYTES = 32
 _PROOF_BYTES = hashlib.sha256().digest_size
+_JOINED_BYTES = 1 << 10
 _HEADER = struct.Struct("<cQQ")
+_NUMBER = struct.Struct("<Q")
 
 
 class ConnectionEndedError(FeedError):
@@ -86,19 +88,37 @@ def prove_as_sender(connection: socket.socket, secret: bytes) -> bool:
     return hmac.compare_digest(proof, _proof(secret, b"receiver", ours, theirs))
 
 
+def keep_open(connection: socket.socket) -> None:
+    """Prepare a proven connection for a conversation of hours, in which the two ends wait for each other's words."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
 def send_frame(connection: socket.socket, kind: bytes, payload: memoryview | bytes = b"", row_count: int = 0) -> None:
     """Send one frame; blocks while the kernel's buffer is full."""
-    header = _HEADER.pack(kind, len(payload), row_count)
-    if not len(payload):
-        connection.sendall(header)
+    if len(payload) <= _JOINED_BYTES:
+        connection.sendall(frame(kind, payload, row_count))
         return
-    connection.sendall(header, socket.MSG_MORE)  # no packet of its own for 17 bytes
+    connection.sendall(_HEADER.pack(kind, len(payload), row_count), socket.MSG_MORE)  # no packet for 17 bytes
     connection.sendall(payload)
 
 
 def frame(kind: bytes, payload: memoryview | bytes, row_count: int) -> bytes:
     """Return one frame as bytes, for a connection that must not block."""
     return b"".join((_HEADER.pack(kind, len(payload), row_count), payload))
+
+
+def pack_number(number: int) -> bytes:
+    """Return a payload that says a size or an offset."""
+    return _NUMBER.pack(number)
+
+
+def unpack_number(payload: bytes) -> int:
+    """Return what :func:`pack_number` packed; FeedError if it is none."""
+    if len(payload) != _NUMBER.size:
+        raise FeedError(f"The feed got {len(payload)} bytes where a number of {_NUMBER.size} was due.")
+    number: int = _NUMBER.unpack(payload)[0]
+    return number
 
 
 class FrameReader:

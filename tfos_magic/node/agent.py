@@ -5,7 +5,7 @@ Runs on: executor, in a process and session of its own.
                       ┌───────────── agent: one asyncio loop ──────────────┐
     driver ◄──TCP────►│ rendezvous     hello, beats, logs, result │ start, │
                       │                publish, feed end, stop             │
-    feed tasks ─Flight►│ receiver ─► spool (unlinked file)                 │
+    feed tasks ──TCP─►│ receiver ─► spool, which tasks on this host write │
     child ◄─channel──►│ states, metrics, result │ start, chunks, exit      │
     child ──stdout───►│ log lines, bounded                                 │
     Spark ──lifeline──│ end-of-file: the task was killed                   │
