@@ -300,6 +300,46 @@ def test_a_second_copy_of_a_nodes_task_does_not_end_the_first(script: Script, st
     assert "all well" in done.stdout
 
 
+def test_copies_of_feed_tasks_deliver_no_row_twice_and_lose_none(script: Script, standalone_cluster: Any) -> None:
+    done = script(
+        """
+        sc.setLogLevel("INFO")    # says when it starts a copy
+        WHEN = {"nothing is published": 10, "half of the partition is": 30_000}
+
+        def stalls(at):
+            def pass_on(partition, rows):
+                import time
+                from pyspark import TaskContext
+                for number, row in enumerate(rows):
+                    if partition == 3 and number == at and TaskContext.get().attemptNumber() == 0:
+                        time.sleep(60)
+                    yield row
+            return pass_on
+
+        for when, at in WHEN.items():
+            # Several portions a partition: the nodes have taken some of what the copy brings once more.
+            with start(2, queue_limit_bytes=200_000) as cluster:
+                began = time.monotonic()
+                cluster.train(sc.parallelize(range(200_000), 4).mapPartitionsWithIndex(stalls(at)), 1)
+                asked = sc.parallelize(range(-200_000, 0), 4).mapPartitionsWithIndex(stalls(at))
+                assert cluster.inference(asked).collect() == list(range(200_000, 0, -1)), when
+                assert time.monotonic() - began < 60, "the copies did not win"
+            learned = Counter(row for value in cluster.result.values for row in value["learned"])
+            assert learned == Counter(range(200_000)), when
+            print(when, "- all well")
+        """,
+        conf={
+            "spark.executor.memory": "1g",
+            "spark.speculation": "true",
+            "spark.speculation.quantile": "0.5",
+            "spark.speculation.multiplier": "1.01",
+        },
+        master=standalone_cluster.master_url,  # a copy is started on another host only
+    )
+    assert done.stderr.count("Starting task 3.1 ") == 4  # the copies: for two feeds and two questions
+    assert done.stdout.count("all well") == 2
+
+
 # --- the lease of detached nodes --------------------------------------------------------------------------
 
 

@@ -264,6 +264,17 @@ def test_inference_is_lazy_in_order_and_can_be_repeated(spark_local4: Any) -> No
 
 
 @pytest.mark.slow
+def test_chunks_larger_than_the_bound_still_complete_a_batch(spark_local4: Any) -> None:
+    def in_sevens(args: Any, ctx: Any) -> None:
+        feed = ctx.get_data_feed(train_mode=False)
+        while not feed.should_stop():
+            feed.batch_results(feed.next_batch(7))
+
+    with start(spark_local4, by_value(in_sevens), 1, queue_limit_bytes=1_000) as cluster:
+        rows = spark_local4.sparkContext.parallelize(range(20_000), 2)
+        assert cluster.inference(rows, feed_timeout=30).collect() == list(range(20_000))
+
+
 def test_an_action_after_the_end_says_that_the_cluster_is_gone(spark_local4: Any) -> None:
     with start(spark_local4, times_ten, 1) as cluster:
         late = cluster.inference(spark_local4.sparkContext.parallelize(range(10), 1))

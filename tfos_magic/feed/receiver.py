@@ -411,10 +411,7 @@ class FeedReceiver:
     def _receive_question(self, connection: socket.socket, header: wire.Header, feed: Feed, session: _Session) -> None:
         limit = feed.limit_bytes or 0
         coming = _Coming.announced(connection, header)
-        self._wait_for_room(
-            connection,
-            lambda: self._waiting().published_bytes + coming.length_bytes <= limit or session.is_answered,
-        )
+        self._wait_for_room(connection, lambda: self._has_room(coming.length_bytes, limit))
         chunk = coming.into(feed.spool, lambda place: session.say(wire.PLACE, place))
         with self._lock:
             if feed.is_over:
@@ -422,6 +419,11 @@ class FeedReceiver:
             session.rows_taken += chunk.row_count
             feed.publish(chunk)
             self._notify(ChunkReady(feed.name, chunk.offset, chunk.length_bytes, chunk.row_count, session.number))
+
+    def _has_room(self, length_bytes: int, limit_bytes: int) -> bool:
+        """Return whether a question may come in; one by itself always: the child may wait for it to fill a batch."""
+        waiting = self._waiting().published_bytes
+        return not waiting or waiting + length_bytes <= limit_bytes
 
     @contextmanager
     def _session(self, connection: socket.socket, feed: Feed) -> Iterator[_Session]:
