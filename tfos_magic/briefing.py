@@ -62,8 +62,6 @@ class Briefing:
         self._send(node, spec, {}, task_index=0, is_chief=True, is_coordinator=False)
 
     def _send(self, node: Member, spec: dict[str, list[str]], environment: dict[str, str], **fields: Any) -> None:
-        if node.info["gpus"] is not None:
-            environment = {**environment, "CUDA_VISIBLE_DEVICES": ",".join(node.info["gpus"])}
         options, fed = self._options, self.fed_nodes
         message = {
             "type": "start",

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tfos_magic import archive, session
+from tfos_magic import session, tasks
 from tfos_magic.briefing import Briefing
 from tfos_magic.errors import RunInterrupted, RunTimeoutError, TfosError
 from tfos_magic.failures import Failure, describe_launch_error, error_of, root_of
@@ -240,9 +240,7 @@ class Cluster:
         """
         delivery = Delivery(name, self.fed_nodes)
         self.open_feed(delivery)
-        task = functools.partial(
-            archive.by_value("tfos_magic.feed.task:feed_batches", archive.build()), self.plan_of(delivery)
-        )
+        task = tasks.task("tfos_magic.feed.task:feed_batches", self.plan_of(delivery))
         self.run_feed_job(delivery, frame.mapInArrow(task, "rows long").collect)
 
     def open_feed(self, delivery: Delivery) -> None:

@@ -15,14 +15,13 @@ Runs on: driver.
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from tfos_magic import archive, session
+from tfos_magic import session, tasks
 from tfos_magic.cluster import Cluster
 from tfos_magic.errors import DataError, FeedError, RunInterrupted, RunTimeoutError, UsageError
 from tfos_magic.failures import python_reason
@@ -259,7 +258,7 @@ class Inference:
 
 
 def _task(entry: str, plan: dict[str, Any]) -> Any:
-    return functools.partial(archive.by_value(f"tfos_magic.feed.task:{entry}", archive.build()), plan)
+    return tasks.task(f"tfos_magic.feed.task:{entry}", plan)
 
 
 def _require_columns(data: DataFrame, names: Sequence[str] | None) -> list[str]:

@@ -12,12 +12,11 @@ State is changed under the cluster's lock; what only names a method here is call
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tfos_magic import archive
+from tfos_magic import archive, tasks
 from tfos_magic.errors import StalledError, TfosError, UsageError
 from tfos_magic.feed.staging import QUEUE_LIMIT_BYTES
 from tfos_magic.feeding import Delivery
@@ -111,12 +110,11 @@ class Queues:
         with self._cluster.changed:
             self._current.append(delivery)
         self._cluster.open_feed(delivery)
-        task = archive.by_value(_FEED + _entry(data, "feed"), archive.build())
-        plan = self._cluster.plan_of(delivery)
+        task = tasks.task(_FEED + _entry(data, "feed"), self._cluster.plan_of(delivery))
         if _travels_as_arrow(data):
-            action = data.mapInArrow(functools.partial(task, plan), "rows long").collect
+            action = data.mapInArrow(task, "rows long").collect
         else:
-            action = _rdd(data).mapPartitions(functools.partial(task, plan)).collect
+            action = _rdd(data).mapPartitions(task).collect
         with self._cluster.changed:
             if queue not in self._stopped:
                 self._cluster.run_feed_job(delivery, action)
@@ -164,7 +162,7 @@ class Queues:
         """
         require_data(data)
         plan = {**self.plan_questions(queue), "patience_s": patience_s}
-        task = functools.partial(archive.by_value(_FEED + _entry(data, "ask"), archive.build()), plan)
+        task = tasks.task(_FEED + _entry(data, "ask"), plan)
         if not _travels_as_arrow(data):
             return _rdd(data).mapPartitions(task)
         packed = data.mapInArrow(task, "results binary").rdd

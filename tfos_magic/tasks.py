@@ -24,7 +24,7 @@ _CANCEL_S = 30.0
 
 
 def task(entry: str, plan: Mapping[str, Any]) -> Callable[..., Any]:
-    """Return a function for ``mapInArrow`` that runs ``entry(archive, plan, batches)`` where nothing is installed.
+    """Return a function for Spark that runs ``entry(archive, plan, batches)`` where nothing is installed.
 
     Parameters
     ----------
