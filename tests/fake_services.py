@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-from tfos_magic import cluster
+from tfos_magic import cluster, doctor
+from tfos_magic.namedtuple_session import ProcessStatus, SessionStatus
+from tfos_magic.widgets import diagnosis, namedtuple_table
 
 
 class FakeInference:
@@ -17,6 +19,7 @@ class FakeInference:
         self.call = call
         self.frame = SimpleNamespace(of=call.payload)
         self.is_open = True
+        self.nodes = [SimpleNamespace(name="worker:0")]
         self.failing = failing
         if "load" in failing:
             self.is_open = False
@@ -51,7 +54,12 @@ class FakeServices:
     inference: Any = None
     session: Any = None
     widgets: Any = None
+    doctor: Any = None
     namedtuple_patch: Any = None
+    namedtuple_jobs: Any = None
+    namedtuple_session: Any = None
+    asked: list[dict[str, Any]] = field(default_factory=list)
+    touched: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.cluster = SimpleNamespace(
@@ -62,8 +70,14 @@ class FakeServices:
         )
         self.inference = SimpleNamespace(Inference=self._infer)
         self.session = SimpleNamespace(find_session=lambda namespace, name=None: self.found, local_session=self._local)
-        self.widgets = SimpleNamespace(LiveBoard=self._board)
+        self.widgets = SimpleNamespace(LiveBoard=self._board, diagnosis=diagnosis, namedtuple_table=namedtuple_table)
+        self.doctor = doctor
         self.namedtuple_patch = SimpleNamespace(**{name: self._patch(name) for name in ("status", "revert", "restore")})
+        self.namedtuple_jobs = SimpleNamespace(CleanJobs=self._clean_jobs)
+        self.namedtuple_session = SimpleNamespace(
+            restore_workers=lambda contexts: self.said.append("restore workers") or [],
+            **{name: self._ask(name) for name in ("survey", "revert", "restore")},
+        )
 
     def _run(self, spark: Any, payload: Any, options: Any, **more: Any) -> Any:
         self.calls.append(SimpleNamespace(spark=spark, payload=payload, options=options, **more))
@@ -85,6 +99,29 @@ class FakeServices:
         self.boards.append((board, quiet))
         self.is_lasting = lasting
         return contextlib.nullcontext()
+
+    def _clean_jobs(self) -> SimpleNamespace:
+        return SimpleNamespace(
+            start=lambda: self.said.append("jobs clean"),
+            close=lambda: self.said.append("jobs as they are"),
+            touched=lambda: self.touched,
+        )
+
+    def _ask(self, name: str) -> Any:
+        def act(spark: Any = None, **options: Any) -> SessionStatus:
+            self.said.append(f"{name} of {spark}")
+            self.asked.append(options)
+            patch = {
+                "is_patched": False,
+                "mended_count": 0,
+                "reverted_at": None,
+                "is_prevented": True,
+                "cause": "<why>",
+            }
+            patch |= {"class_count": 0, "downgraded": (), "rescued": (), "owners": {}}
+            return SessionStatus(ProcessStatus("driver", "driver", "host", 1, patch, 1.0, "then"), spark=str(spark))
+
+        return act
 
     def _patch(self, name: str) -> Any:
         def act() -> SimpleNamespace:

@@ -20,7 +20,7 @@ from shell_fixture import TestingShell, running_shell
 
 import tfos_magic
 from tfos_magic import magics, shipping
-from tfos_magic.errors import NodeError, RemoteException, RemoteFrame, ShippingError, UsageError
+from tfos_magic.errors import NodeError, RemoteException, RemoteFrame, SessionError, ShippingError, UsageError
 
 PACKAGE_ROOT = Path(tfos_magic.__file__).parents[1]
 
@@ -66,8 +66,17 @@ def test_unload_takes_back_everything_that_load_has_put_there(services: FakeServ
         assert len(shell.Completer.custom_matchers) == len(before[2]) + 1
         magics.unload(shell)
         assert state_of(shell) == before
-        assert services.said[-1] == "restore"
+        assert services.said[-2:] == ["jobs as they are", "restore"]
         magics.unload(shell)  # nothing there: nothing happens
+
+
+def test_jobs_are_kept_clean_until_unload_which_puts_workers_back(services: FakeServices, capsys: Any) -> None:
+    with running_shell() as shell:
+        magics.load(shell, services)  # type: ignore[arg-type]
+        assert services.said == ["revert", "jobs clean"]
+        services.touched = ["a context"]
+        magics.unload(shell)
+        assert services.said[2:] == ["jobs as they are", "restore", "restore workers"]
 
 
 def test_load_says_in_one_line_what_is_ready(services: FakeServices, capsys: Any) -> None:
@@ -195,6 +204,10 @@ def test_parameter_servers_of_a_body_only_serve(
         ("%tfos_train -n 2 helper", "NAME helper: a function of (args, ctx) is needed, not helper(x)."),
         ("%tfos_train -n 2 five", "NAME five: a function of (args, ctx) is needed, not int."),
         ("%tfos_namedtuple revrt", "%tfos_namedtuple revrt: no such action. Did you mean revert?"),
+        ("%tfos_namedtuple --drivr", "%tfos_namedtuple --drivr: no such option. Did you mean --driver?"),
+        ("%tfos_namedtuple --out", "--out: the name of a variable is needed."),
+        ("%tfos_namedtuple --out 2x", "--out 2x: the name of a variable is needed."),
+        ("%tfos_namedtuple revert restore", "%tfos_namedtuple revert restore: one action at a time."),
     ],
 )
 def test_mistakes_fail_the_cell_in_one_line_without_a_traceback(
@@ -266,7 +279,7 @@ def test_question_mark_shows_the_same_text(shell: TestingShell) -> None:
     for magic in ("%tfos_train", "%%tfos_train"):
         text = shell.object_inspect_text(magic)
         assert "--batch-size N" in text
-    assert "status | revert | restore" in shell.object_inspect_text("%tfos_namedtuple")
+    assert "[status | revert | restore] [--driver] [--out NAME]" in shell.object_inspect_text("%tfos_namedtuple")
 
 
 def test_options_and_names_complete(shell: TestingShell) -> None:
@@ -275,13 +288,44 @@ def test_options_and_names_complete(shell: TestingShell) -> None:
     assert shell.completions("%%tfos_train --args ") == ["params"]
     assert "main_fun" in shell.completions("%tfos_train -n 2 ma")
     assert shell.completions("%tfos_namedtuple st") == ["status"]
+    assert shell.completions("%tfos_namedtuple revert --d") == ["--driver"]
     assert "params" in shell.completions("x = 1\npar")
 
 
 def test_namedtuple_magic_is_thin(shell: TestingShell, services: FakeServices) -> None:
-    for text, action in (("", "status"), ("revert", "revert"), ("restore", "restore")):
+    for text, action in (("", "survey"), ("revert", "revert"), ("restore", "restore")):
+        shown = shell.output_of(f"%tfos_namedtuple {text}").stdout
+        assert shown.startswith("namedtuple patch: driver off, kept off; jobs run as they are\nprocess ")
+        assert services.said[-1] == f"{action} of a session"
+    assert set(services.asked[-1]) == {"jobs", "nodes"}
+    shell.cell("%tfos_namedtuple status --out state")
+    assert shell.user_ns["state"].driver.state == "off, kept off"
+
+
+def test_namedtuple_magic_can_leave_spark_alone(shell: TestingShell, services: FakeServices) -> None:
+    services.session.find_session = pytest.fail
+    for text, action in (("--driver", "status"), ("revert --driver", "revert"), ("--driver restore", "restore")):
         assert shell.output_of(f"%tfos_namedtuple {text}").stdout == f"namedtuple patch: {action}\n"
         assert services.said[-1] == action
+
+
+def test_namedtuple_magic_says_what_spark_connect_makes_impossible(shell: TestingShell, services: FakeServices) -> None:
+    def refuse(namespace: Any) -> None:
+        raise SessionError("spark is a Spark Connect session, which has no SparkContext to run nodes on.")
+
+    services.session.find_session = refuse
+    shown = shell.output_of("%tfos_namedtuple").stdout
+    assert services.said[-1] == "survey of None"
+    assert shown.splitlines()[-1].startswith("spark is a Spark Connect session")
+    assert "Only the driver was asked" in shown
+
+
+def test_namedtuple_table_is_escaped_html_and_text(shell: TestingShell, services: FakeServices) -> None:
+    published: list[dict[str, str]] = []
+    shell.display_pub.publish = lambda data, metadata, **more: published.append(data)
+    shell.cell("%tfos_namedtuple")
+    assert "&lt;why&gt;" in published[0]["text/html"] and "<why>" not in published[0]["text/html"]
+    assert "<why>" in published[0]["text/plain"]
 
 
 # --- a real kernel -------------------------------------------------------------------------------------------

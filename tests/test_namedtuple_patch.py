@@ -6,51 +6,20 @@ Each scenario is a script of its own, since a process can only be patched once; 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from namedtuple_runs import ROOT, Run, make_run, run_with_pyspark32
 
 from tfos_magic import namedtuple_patch
 from tfos_magic.namedtuple_patch import ENABLING_VARIABLE
 
-ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = Path(__file__).resolve().parent / "namedtuple_scripts"
-# What Spark 3.2 wants of Java 17; those after the first are for the partitions of a union.
-JAVA_17_OPTIONS = " ".join(
-    f"--add-{kind}=java.base/{package}=ALL-UNNAMED"
-    for kind, package in (
-        ("exports", "sun.nio.ch"),
-        ("opens", "java.nio"),
-        ("opens", "java.util"),
-        ("opens", "java.lang"),
-        ("opens", "java.lang.invoke"),
-    )
-)
 STDLIB = ["sched", "platform", "ssl", "inspect", "tokenize", "dis", "difflib", "doctest", "urllib.robotparser"]
 STDLIB += ["importlib.metadata", "sqlite3", "asyncio", "http.client", "concurrent.futures", "unittest", "pyarrow"]
 SIGNATURE = "(typename, field_names, *, rename=False, defaults=None, module=None)"
-
-Run = Callable[..., dict[str, Any]]
-
-
-def make_run(python: str, environ: dict[str, str], *paths: Path) -> Run:
-    """Return what runs a script or code with `python` and reads the JSON in its last line."""
-
-    def run(script: str, *args: str, timeout: float = 100, with_package: bool = True) -> dict[str, Any]:
-        command = [python, str(SCRIPTS / script)] if script.endswith(".py") else [python, "-c", script]
-        path = os.pathsep.join(map(str, [*paths, ROOT] if with_package else paths))
-        env = {**os.environ, "PYTHONPATH": path, "PYSPARK_PYTHON": python, **environ}
-        done = subprocess.run([*command, *args], env=env, capture_output=True, text=True, timeout=timeout, cwd="/")
-        assert done.returncode == 0, done.stderr[-5000:]
-        return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
-
-    return run
 
 
 class PatchedEnd:
@@ -233,8 +202,9 @@ class PatchedEnd:
         return reverted["report"]  # type: ignore[no-any-return]
 
     @pytest.mark.slow
-    def test_main_namedtuples_keep_working_on_spark(self, run: Run) -> None:
-        found = run("spark.py", "reverted", str(ROOT))
+    @pytest.mark.parametrize("mode", ["reverted", "session"])
+    def test_main_namedtuples_keep_working_on_spark(self, run: Run, mode: str) -> None:
+        found = run("spark.py", mode, str(ROOT))
         for name in ("Early", "Point", "Typed", "Sub"):
             ways = {way: got for way, got in found[name].items() if name not in self.lost_in_closures}
             if name in self.lost_in_closures:  # the class itself cannot be captured, reverted or not
@@ -264,12 +234,40 @@ class PatchedEnd:
     @pytest.mark.slow
     def test_feature_columns_of_2018(self, run: Run) -> None:
         broken = run("case2018.py", "patched", str(ROOT), timeout=200)
-        assert broken["driver"] is True
-        assert broken["executor"] == [False, "collections.NumericColumn"]
+        assert broken["driver before"]["is one"] is True
+        # The first class that reduces is the bare namedtuple at the end of the MRO: what it says is what arrives.
+        assert broken["driver before"]["mro"][-4:] == ["_FeatureColumn", "NumericColumn", "tuple", "object"]
+        assert broken["driver before"]["reduced by"] == "NumericColumn(tuple)"
+        assert broken["driver before"]["reduced to"] == "_restore"
+        assert broken["driver before"]["round trip"] is False
+        for way in ("executor", "from the executor", "through a shuffle"):
+            assert broken[way] == [False, "collections.NumericColumn"], way
         assert any(name.endswith(".NumericColumn") for name in broken["status"]["downgraded"])
-        right = run("case2018.py", "reverted", str(ROOT), timeout=200)
-        assert right["executor"][0] is True and right["executor"][1].endswith("feature_column_v2.NumericColumn")
-        assert right["after"]["downgraded"] == []
+
+    @pytest.mark.slow
+    def test_feature_columns_of_2018_as_it_was_published(self, run: Run) -> None:
+        half = run("case2018.py", "reverted", str(ROOT), timeout=200)
+        assert half["executor"][0] is True and half["executor"][1].endswith("feature_column_v2.NumericColumn")
+        assert half["after"]["downgraded"] == []
+        assert half["driver after"]["reduced to"] == "__newobj__" and half["driver after"]["round trip"]
+        # The sender decides: what the executors send is as broken as before.
+        assert half["from the executor"] == half["through a shuffle"] == [False, "pyspark.serializers.NumericColumn"]
+
+    @pytest.mark.slow
+    def test_feature_columns_of_2018_with_both_sides_reverted(self, run: Run) -> None:
+        right = run("case2018.py", "loaded", str(ROOT), timeout=200)
+        for way in ("executor", "from the executor", "through a shuffle"):
+            assert right[way][0] is True and right[way][1].endswith("feature_column_v2.NumericColumn"), way
+        (worker,) = right["session"]["workers"]
+        patch = worker["patch"]
+        assert patch["mended_count"] > 300 and patch["class_count"] == 0  # it was warm, and had all of TensorFlow
+        assert any(name.endswith(".NumericColumn") for name in patch["rescued"])
+        assert set(patch["owners"].values()) == {"TensorFlow", "other"}
+        # Everything goes back as it was, in the same process.
+        (restored,) = right["restored"]["workers"]
+        assert restored["pid"] == worker["pid"] and restored["patch"]["is_patched"]
+        assert restored["patch"]["class_count"] == patch["mended_count"]
+        assert right["from the executor, restored"] == [False, "collections.NumericColumn"]
 
 
 class TestVariable(PatchedEnd):
@@ -293,9 +291,7 @@ class TestPySpark32(PatchedEnd):
     @pytest.fixture(scope="class")
     @classmethod
     def run(cls, pyspark32_python: Path) -> Run:
-        environ = {"JDK_JAVA_OPTIONS": JAVA_17_OPTIONS, ENABLING_VARIABLE: ""}
-        is_old = (pyspark32_python.parents[1] / "lib" / "python3.10").exists()
-        return make_run(str(pyspark32_python), environ, *([] if is_old else [SCRIPTS / "with_cloudpickle3"]))
+        return run_with_pyspark32(pyspark32_python)
 
 
 def test_unpatched_pyspark_is_left_alone() -> None:

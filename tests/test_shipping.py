@@ -165,7 +165,7 @@ async def coroutine() -> None: ...
         (coroutine, "a generator"),
         (lambda: sys._getframe(), "a stack frame"),
         (lambda: memoryview(b"12"), "a view of memory"),
-        (lambda: contextvars.ContextVar("v"), "a thread"),
+        (lambda: contextvars.ContextVar("v"), "a context variable"),
         (asyncio.new_event_loop, "a thread"),
     ],
 )

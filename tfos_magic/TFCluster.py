@@ -31,7 +31,7 @@ from tfos_magic.errors import TfosError, UsageError
 from tfos_magic.feed.staging import QUEUE_LIMIT_BYTES
 from tfos_magic.members import Member
 from tfos_magic.options import RunOptions, modules_to_preload
-from tfos_magic.result import RunResult
+from tfos_magic.result import NodeInfo, RunResult
 from tfos_magic.status import RunEnded, StatusBoard
 
 _EPOCHS_IF_UNSAID = 10  # TensorFlowOnSpark's own
@@ -293,6 +293,12 @@ class TFCluster:
         self.board.apply(RunEnded("done"))
         self.result = self._cluster.result(self.board)
         self._watch.join()
+
+    @property
+    def nodes(self) -> tuple[NodeInfo, ...]:
+        """Where the nodes run; none when it is shut down."""
+        running = () if self._cluster.is_closing else self._cluster.nodes
+        return tuple(node.describe() for node in running if node.peer is not None)
 
     def tensorboard_url(self) -> str | None:
         """Return where TensorBoard is, waiting until it has come up; None if there is none."""

@@ -26,11 +26,14 @@ from typing import Any
 
 _COMPANIONS = ("cloudpickle", "pynvml")
 # Spark broadcasts what is larger than 1 MiB; so nothing travels in vain.
-_LEFT_OUT = frozenset({"arguments", "completion", "dry_run", "magics", "notebook", "standing", "widgets"})
-"""Modules and folders of the notebook's side."""
+_LEFT_OUT = frozenset(
+    {"arguments", "completion", "doctor", "doctor_magic", "dry_run", "magics", "notebook", "standing", "widgets"}
+)
+"""Modules and folders of the notebook's side, and the doctor, who sends what he needs there himself."""
 _SOURCE_ONLY = frozenset(
     {"TFCluster", "TFParallel", "cluster", "dfutil", "failures", "feeding", "inference", "java", "jobs", "launching"}
-    | {"pipeline", "pipeline_files", "pipeline_params", "pynvml", "queues", "result", "session", "members", "roles"}
+    | {"members", "namedtuple_jobs", "namedtuple_session", "pipeline", "pipeline_files", "pipeline_params", "pynvml"}
+    | {"queues", "result", "roles", "session"}
 )
 """What an executor imports seldom or never goes without bytecode."""
 

@@ -11,8 +11,6 @@ from typing import Any
 
 from tfos_magic import arguments
 
-NAMEDTUPLE_ACTIONS = ("status", "revert", "restore")
-
 _LINE = re.compile(r"^\s*(?P<percent>%{1,2})(?P<magic>tfos_\w+)[ \t](?P<rest>.*)$")
 _COLUMNS = frozenset({"--label", "--features", "--weight", "--keep"})
 _CHOOSERS: Mapping[str, arguments.Chooser] = {
@@ -25,6 +23,7 @@ _CHOOSERS: Mapping[str, arguments.Chooser] = {
 _RUNNABLE: Mapping[str, arguments.Chooser] = {
     "tfos_train": arguments.names_of_functions,
     "tfos_infer": arguments.names_of_predictors,
+    "tfos_doctor": arguments.names_of_all,
 }
 
 
@@ -47,7 +46,7 @@ def choices(text: str, token: str, namespace: Mapping[str, Any], standing: Seque
         return None
     magic = match["magic"]
     if magic == "tfos_namedtuple":
-        found = list(NAMEDTUPLE_ACTIONS)
+        found = [*arguments.NAMEDTUPLE_ACTIONS, *arguments.NAMEDTUPLE_OPTIONS]
     elif magic == "tfos_stop":
         found = list(standing)
     elif magic in arguments.PARSERS:

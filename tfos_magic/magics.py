@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import difflib
 import importlib
 import importlib.metadata
 import inspect
@@ -34,6 +33,7 @@ import tfos_magic
 from tfos_magic import arguments, completion, dry_run, shipping
 from tfos_magic.arguments import HelpRequestedError, InferLine, Line, TrainLine
 from tfos_magic.cell import CellFunction, has_trailing_semicolon
+from tfos_magic.doctor_magic import DoctorMagic
 from tfos_magic.errors import TfosError, UsageError
 from tfos_magic.notebook import Notebook
 from tfos_magic.standing import StandingInferences, Stopped
@@ -44,10 +44,30 @@ if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
 
     from tfos_magic.cluster import RunOptions
+    from tfos_magic.namedtuple_jobs import CleanJobs
+    from tfos_magic.namedtuple_session import SessionStatus
+    from tfos_magic.result import NodeInfo
     from tfos_magic.shipping import Payload
 
-_MAGICS = {"tfos_train": "line_cell", "tfos_infer": "line_cell", "tfos_stop": "line", "tfos_namedtuple": "line"}
-_SERVICES = ("cluster", "inference", "namedtuple_patch", "session", "widgets")
+_MAGICS = {
+    "tfos_train": "line_cell",
+    "tfos_infer": "line_cell",
+    "tfos_doctor": "line_cell",
+    "tfos_stop": "line",
+    "tfos_namedtuple": "line",
+}
+_SERVICES = frozenset(
+    {
+        "cluster",
+        "doctor",
+        "inference",
+        "namedtuple_jobs",
+        "namedtuple_patch",
+        "namedtuple_session",
+        "session",
+        "widgets",
+    }
+)
 _TENSORFLOW = ("tensorflow", "tensorflow-cpu", "tf-nightly", "tensorflow-macos", "tensorflow-intel")
 
 
@@ -88,12 +108,15 @@ class Extension:
         self._services = services
         self._notebook = Notebook(shell)
         self._standing = StandingInferences()
+        self._clean_jobs: CleanJobs = services.namedtuple_jobs.CleanJobs()
+        self._doctor = DoctorMagic(shell, self._notebook, services)
 
     # --- coming and going ---
 
     def load(self) -> None:
         """Register everything and say what is ready."""
         report = self._services.namedtuple_patch.revert()
+        self._clean_jobs.start()
         for name, kind in _MAGICS.items():
             self._shell.register_magic_function(getattr(self, name), kind, name)
         self._shell.input_transformers_cleanup.append(give_help_a_body)
@@ -114,8 +137,13 @@ class Extension:
         if self._shell.Completer is not None:
             with contextlib.suppress(ValueError):
                 self._shell.Completer.custom_matchers.remove(self.match)
+        self._doctor.close()
+        self._clean_jobs.close()
         self._services.namedtuple_patch.restore()
         _tell_errors(self._standing.stop(self._standing.names))
+        if contexts := self._clean_jobs.touched():
+            for problem in self._services.namedtuple_session.restore_workers(contexts):
+                print(f"The namedtuple patch could not be put back in all Python workers. {problem}", file=sys.stderr)
 
     def _describe_session(self) -> str:
         if "pyspark" not in sys.modules:
@@ -173,19 +201,58 @@ class Extension:
 
     @no_var_expand
     def tfos_namedtuple(self, line: str) -> None:
-        """Say whether PySpark's namedtuple patch is on, take it out, or put it back.
+        """Say where PySpark's namedtuple patch is on, take it out, or put it back.
 
-        %tfos_namedtuple [status | revert | restore]
+        %tfos_namedtuple [status | revert | restore] [--driver] [--out NAME]
+
+        In the driver and, where there is a Spark session, in its executors' Python workers: they are asked with short
+        Spark jobs. --driver leaves Spark alone. %load_ext tfos_magic has reverted the driver, and from then on each
+        Spark job reverts its workers, before anything of it is unpickled there; revert does so at once. restore puts
+        everything back as PySpark had it, and lets jobs run as they are. NAME is bound to the same facts as an object.
         """
         with _help_on_request():
-            action = line.strip() or "status"
-            if action in ("--help", "-h"):
+            words = arguments.split(line)
+            if "--help" in words or "-h" in words:
                 raise HelpRequestedError(inspect.getdoc(self.tfos_namedtuple))
-            if action not in completion.NAMEDTUPLE_ACTIONS:
-                close = difflib.get_close_matches(action, completion.NAMEDTUPLE_ACTIONS, n=1)
-                hint = f"Did you mean {close[0]}?" if close else "One of status, revert, restore."
-                raise UsageError(f"%tfos_namedtuple {action}: no such action. {hint}")
-            print(getattr(self._services.namedtuple_patch, action)().summary)
+            wanted = arguments.parse_namedtuple(words)
+            if wanted.is_driver_only:
+                status = getattr(self._services.namedtuple_patch, wanted.action)()
+                print(status.summary)
+            else:
+                status = self._ask_session(wanted.action)
+                shown = self._services.widgets.namedtuple_table.bundle(status)
+                self._shell.display_pub.publish(data=shown, metadata={})
+            if wanted.out:
+                self._notebook.namespace[wanted.out] = status
+
+    def _ask_session(self, action: str) -> SessionStatus:
+        """Do it in all processes, and return the state afterwards."""
+        options: dict[str, Any] = {"jobs": self._clean_jobs, "nodes": self._running_nodes()}
+        problem = ""
+        try:
+            options["spark"] = self._services.session.find_session(self._notebook.namespace)
+        except TfosError as error:
+            problem = f"{error.fact} Only the driver was asked: Python workers are out of reach from here."
+        service = self._services.namedtuple_session
+        act = {"status": service.survey, "revert": service.revert, "restore": service.restore}[action]
+        status: SessionStatus = act(**options)
+        return dataclasses.replace(status, notes=(*status.notes, problem)) if problem else status
+
+    def _running_nodes(self) -> list[NodeInfo]:
+        """Return the nodes of inferences that stand, and of the notebook's TFClusters."""
+        clusters = [value for value in self._notebook.namespace.values() if type(value).__name__ == "TFCluster"]
+        nodes = [node for cluster in clusters for node in getattr(cluster, "nodes", ())]
+        return [*self._standing.nodes, *{node.pid: node for node in nodes}.values()]
+
+    @no_var_expand
+    def tfos_doctor(self, line: str, cell: str | None = None) -> None:
+        """Diagnose; the parser's help text takes this one's place."""
+        with _help_on_request():
+            if cell is None and not line.strip():
+                raise HelpRequestedError(arguments.doctor_parser().format_help())
+            self._doctor.run(line, cell)
+
+    tfos_doctor.__doc__ = arguments.doctor_parser().format_help()
 
     @context_matcher()  # type: ignore[untyped-decorator]  # IPython's
     def match(self, context: CompletionContext) -> SimpleMatcherResult:

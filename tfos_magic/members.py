@@ -43,6 +43,8 @@ class Member:
         The hello: host, address, port, pids, Python version.
     times : dict of str to float
         When the child reached each stage, seconds since the epoch, by its own clock.
+    namedtuple_patch : dict
+        The state of PySpark's patch in the child before anything of the user's was imported.
     result : bytes or None
         What its function returned, packed.
     has_ended : bool
@@ -71,6 +73,7 @@ class Member:
         self.peer: Peer | None = None
         self.info: dict[str, Any] = {}
         self.times: dict[str, float] = {}
+        self.namedtuple_patch: dict[str, Any] = {}
         self.state = NodeState.PLANNED
         self.feed_port: int | None = None
         self.open_feeds: set[str] = set()
@@ -104,7 +107,8 @@ class Member:
         """Return where it ran; it must have said hello."""
         info = self.info
         python = ".".join(map(str, info["python"]))
-        return NodeInfo(self.name, self.host, self.address, info["child_pid"], python, dict(self.times))
+        patch = dict(self.namedtuple_patch)
+        return NodeInfo(self.name, self.host, self.address, info["child_pid"], python, dict(self.times), patch)
 
     def greet(self, peer: Peer, hello: dict[str, Any]) -> bool:
         """Take the agent's hello; a second one, from a task that Spark ran twice, is sent away (False)."""
@@ -132,6 +136,7 @@ class Member:
         header = message.header
         if message.type == "state":
             self.times.update(header.get("times", {}))
+            self.namedtuple_patch.update(header.get("namedtuple_patch", {}))
             self.change(NodeState[header["state"]])
         elif message.type == "beat":
             self._beat(header)

@@ -71,6 +71,7 @@ _ALWAYS_UP_TO = (3, 2)
 # In pyspark.serializers, _restore makes the classes of what a patched process sent; they must be able to go back.
 _TRAVELLING_MODULES = frozenset({"__main__", "pyspark.serializers"})
 _IN_FLIGHT_TIMEOUT_S = 1.0
+_TENSORFLOW = frozenset({"keras", "tf_keras", "tensorboard"})
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,16 @@ class PatchStatus:
         Classes that carry PySpark's ``__reduce__``.
     downgraded : tuple of str
         Subclasses of these, by full name, that would arrive as bare namedtuples.
+    first_affected : str
+        The earliest of the classes that carry it: what was imported before that one was made before the patch.
+    reverted_at : float or None
+        When :func:`revert` or :func:`prevent` last changed something here, in seconds since the epoch.
+    mended_count : int
+        Classes that have carried it and that :func:`revert` has put right.
+    rescued : tuple of str
+        What was `downgraded` until then.
+    owners : dict of str to str
+        For each of `downgraded` and `rescued` whose it is: ``yours``, ``TensorFlow`` or ``other``.
     """
 
     is_patched: bool
@@ -102,6 +113,11 @@ class PatchStatus:
     pyspark_version: str
     class_count: int
     downgraded: tuple[str, ...]
+    first_affected: str
+    reverted_at: float | None
+    mended_count: int
+    rescued: tuple[str, ...]
+    owners: dict[str, str]
 
     @property
     def summary(self) -> str:
@@ -120,7 +136,8 @@ class PatchStatus:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain dicts, lists, strings and numbers, the summary with them."""
-        return {**asdict(self), "downgraded": list(self.downgraded), "summary": self.summary}
+        names = {key: list(getattr(self, key)) for key in ("downgraded", "rescued")}
+        return {**asdict(self), **names, "summary": self.summary}
 
 
 @dataclass(frozen=True)
@@ -171,6 +188,7 @@ def status() -> PatchStatus:
     """Return the patch's state in this process; changes nothing."""
     function = _namedtuple()
     classes = list(_patched_classes())
+    downgraded = _downgraded(classes)
     is_patched = _is_patched(function)
     return PatchStatus(
         is_patched=is_patched,
@@ -179,7 +197,12 @@ def status() -> PatchStatus:
         cause=_cause() or ("unknown: not by PySpark's own rules" if is_patched else ""),
         pyspark_version=_loaded_version(),
         class_count=len(classes),
-        downgraded=tuple(sorted(_full_name(cls) for cls in _downgraded(classes))),
+        downgraded=_full_names(downgraded),
+        first_affected=_full_name(classes[0]) if classes else "",
+        reverted_at=_STATE.reverted_at,
+        mended_count=len(_STATE.classes),
+        rescued=_full_names(_STATE.rescued),
+        owners={_full_name(cls): _owner(cls) for cls in (*downgraded, *_STATE.rescued)},
     )
 
 
@@ -190,6 +213,7 @@ def prevent() -> None:
         if not hasattr(function, _FLAG):
             setattr(function, _FLAG, 1)
             _STATE.is_flag_ours = True
+            _STATE.reverted_at = time.time()
 
 
 def revert(repair: bool = True, keep_main: bool = True) -> RevertReport:
@@ -217,7 +241,11 @@ def revert(repair: bool = True, keep_main: bool = True) -> RevertReport:
         prevent()
         needs_guard = keep_main and (was_patched or _STATE.pyspark is not None or bool(_cause()))
         _set_guard(function, needs_guard)
-        repaired, made_safe, lost = _repair(list(_patched_classes())) if repair else ([], [], [])
+        classes = list(_patched_classes()) if repair else []
+        _STATE.rescued.update(_downgraded(classes))
+        repaired, made_safe, lost = _repair(classes)
+        if was_patched or classes:
+            _STATE.reverted_at = time.time()
     return RevertReport(
         was_patched=was_patched,
         repaired=tuple(sorted(repaired)),
@@ -294,6 +322,8 @@ class _State:
         self.original: types.CodeType | None = None
         self.classes: list[_ClassPatch] = []
         self.guarded: weakref.WeakSet[type] = weakref.WeakSet()
+        self.rescued: weakref.WeakSet[type] = weakref.WeakSet()
+        self.reverted_at: float | None = None
 
 
 def _namedtuple() -> types.FunctionType:
@@ -603,6 +633,24 @@ def _downgraded(classes: Iterable[Any]) -> set[Any]:
 
 def _full_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _full_names(classes: Iterable[type]) -> tuple[str, ...]:
+    return tuple(sorted(map(_full_name, classes)))
+
+
+def _owner(cls: type) -> str:
+    """Return whose class it is: what is installed is others', all else the user's."""
+    root = cls.__module__.partition(".")[0]
+    if root.startswith("tensorflow") or root in _TENSORFLOW:
+        return "TensorFlow"
+    if cls.__module__ == "__main__":
+        return "yours"
+    if root in sys.stdlib_module_names or root in ("pyspark", "py4j"):
+        return "other"
+    module = sys.modules.get(cls.__module__)
+    path = getattr(module, "__file__", None) or ""
+    return "other" if "site-packages" in path or "dist-packages" in path else "yours"
 
 
 def _repair(classes: list[type[tuple[Any, ...]]]) -> tuple[list[str], list[str], list[str]]:

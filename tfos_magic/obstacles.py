@@ -1,4 +1,4 @@
-"""What is known not to travel, why, and what to do instead; and how an object is reached.
+"""What is known not to travel, why, and what to do instead.
 
 Runs on: anywhere. Recognises objects by the names of their classes, so it imports none of the libraries it knows.
 
@@ -8,13 +8,15 @@ kind                   behaviour
 refused                must not travel even where it would pickle: driver-only, or silently another thing
 explained              pickling fails by itself; the entry says why in words a person can use
 =====================  ==============================================================================
+
+Words and advice are those for a node's function. Spark's ordinary jobs have no ``ctx`` and no cell, so the doctor
+has the advice that suits them, ``in_spark``; where that is None, such a job may take the object along.
 """
 
 from __future__ import annotations
 
-import functools
 import types
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,70 +25,170 @@ from typing import Any
 class Obstacle:
     """One kind of object that cannot travel."""
 
+    trap: str
+    """Its name in a diagnosis; stable."""
     what: str
     why: str
     fix: str
+    """What to do instead in a node's function."""
+    in_spark: str | None
+    """What to do instead in an ordinary Spark job; None where nothing needs to be done."""
     is_refused: bool = True
+    arrives_as: str = ""
+    """What it becomes where it pickles all the same."""
 
 
 _DRIVER_ONLY = "Spark's own objects talk to the JVM of the driver; executors have none."
 _PASS_DATA = "Give it to the nodes with --data, and read it there with ctx.dataset()."
+_USE_ON_DRIVER = "Use it on the driver; take along what it gives: rows = df.collect(), or join the DataFrames."
 _HANDLE = "It is a handle of this process and means nothing in another."
 _MAKE_THERE = "Make it inside the cell, on the node that uses it."
+_MAKE_IN_TASK = "Make it inside the function, in the task that uses it (once per partition: mapPartitions)."
 _TF_HANDLE = "TensorFlow keeps it outside Python, in this process."
 
-_LOCK = Obstacle("a lock", "A lock belongs to the threads of one process.", _MAKE_THERE)
-_THREAD = Obstacle("a thread, or something that waits for threads", _HANDLE, _MAKE_THERE)
-_FILE = Obstacle("an open file", _HANDLE, "Ship its path, and open it inside the cell.")
+_LOCK = Obstacle("lock", "a lock", "A lock belongs to the threads of one process.", _MAKE_THERE, _MAKE_IN_TASK)
+_THREAD = Obstacle("thread", "a thread, or something that waits for threads", _HANDLE, _MAKE_THERE, _MAKE_IN_TASK)
+_FILE = Obstacle(
+    "open-file",
+    "an open file",
+    _HANDLE,
+    "Ship its path, and open it inside the cell.",
+    "Take its path along, and open it inside the function: with open(path) as file: …",
+)
 _RUNNING = Obstacle(
+    "generator",
     "a generator or iterator in flight",
     "Its place in its code cannot be pickled.",
     "Ship the function that makes it, and call that inside the cell; or a list of its values.",
+    "Take along the function that makes it, and call that in the task; or list(…) of its values.",
 )
-_SOCKET = Obstacle("a network connection", _HANDLE, "Ship its address, and connect inside the cell.")
-_DATABASE = Obstacle("a database connection", _HANDLE, "Ship its path or URL, and connect inside the cell.")
-_FRAME = Obstacle("a stack frame or traceback", _HANDLE, "Keep its text: traceback.format_exc().")
+_SOCKET = Obstacle(
+    "socket",
+    "a network connection",
+    _HANDLE,
+    "Ship its address, and connect inside the cell.",
+    "Take its address along, and connect inside the function (once per partition: mapPartitions).",
+)
+_DATABASE = Obstacle(
+    "database",
+    "a database connection",
+    _HANDLE,
+    "Ship its path or URL, and connect inside the cell.",
+    "Take its path or URL along, and connect inside the function (once per partition: mapPartitions).",
+)
+_KEEP_TEXT = "Keep its text: traceback.format_exc()."
+_FRAME = Obstacle("frame", "a stack frame or traceback", _HANDLE, _KEEP_TEXT, _KEEP_TEXT)
 _KERNEL = Obstacle(
-    "part of the notebook's kernel", "Nodes have no IPython.", "Leave it out of the cell and of what it calls."
+    "kernel",
+    "part of the notebook's kernel",
+    "Nodes have no IPython.",
+    "Leave it out of the cell and of what it calls.",
+    "Leave it out of the function and of what it calls.",
 )
-_SESSION = Obstacle("the Spark session", _DRIVER_ONLY, _PASS_DATA)
-_DATAFRAME = Obstacle("a Spark DataFrame or RDD", _DRIVER_ONLY, _PASS_DATA)
-_COLUMN = Obstacle("a Spark column expression", _DRIVER_ONLY, "Use it on the driver, before --data.")
+_SESSION = Obstacle("spark-session", "the Spark session", _DRIVER_ONLY, _PASS_DATA, _USE_ON_DRIVER)
+_DATAFRAME = Obstacle("spark-dataframe", "a Spark DataFrame or RDD", _DRIVER_ONLY, _PASS_DATA, _USE_ON_DRIVER)
+_COLUMN = Obstacle(
+    "spark-column",
+    "a Spark column expression",
+    _DRIVER_ONLY,
+    "Use it on the driver, before --data.",
+    "Use it on the driver: df.select(column).",
+)
+_UDF = Obstacle(
+    "spark-udf",
+    "a Spark user-defined function",
+    _DRIVER_ONLY,
+    "Capture the plain function instead: its .func.",
+    "Take along the plain function instead: its .func.",
+)
 _BROADCAST = Obstacle(
-    "a Spark broadcast or accumulator", _DRIVER_ONLY, "Capture its .value, or report with ctx.report()."
+    "spark-broadcast",
+    "a Spark broadcast or accumulator",
+    _DRIVER_ONLY,
+    "Capture its .value, or report with ctx.report().",
+    None,
 )
-_SPARK_MODEL = Obstacle("a Spark ML model or transformer", _DRIVER_ONLY, "Apply it on the driver, before --data.")
+_SPARK_MODEL = Obstacle(
+    "spark-model",
+    "a Spark ML model or transformer",
+    _DRIVER_ONLY,
+    "Apply it on the driver, before --data.",
+    "Apply it on the driver: model.transform(df).",
+)
 _DATASET = Obstacle(
-    "a tf.data pipeline", _TF_HANDLE, "Make it inside the cell: ctx.dataset() for Spark's rows, or from files."
+    "tf-dataset",
+    "a tf.data pipeline",
+    _TF_HANDLE,
+    "Make it inside the cell: ctx.dataset() for Spark's rows, or from files.",
+    _MAKE_IN_TASK,
 )
 _STRATEGY = Obstacle(
-    "a tf.distribute strategy", _TF_HANDLE, "Use ctx.strategy() or ctx.distribute(model) inside the cell."
+    "tf-strategy",
+    "a tf.distribute strategy",
+    _TF_HANDLE,
+    "Use ctx.strategy() or ctx.distribute(model) inside the cell.",
+    _MAKE_IN_TASK,
 )
-_GRAPH = Obstacle("a TensorFlow graph, session or compiled function", _TF_HANDLE, _MAKE_THERE)
-_TABLE = Obstacle("a TensorFlow lookup table", _TF_HANDLE, _MAKE_THERE)
+_GRAPH = Obstacle(
+    "tf-graph", "a TensorFlow graph, session or compiled function", _TF_HANDLE, _MAKE_THERE, _MAKE_IN_TASK
+)
+_TABLE = Obstacle("tf-table", "a TensorFlow lookup table", _TF_HANDLE, _MAKE_THERE, _MAKE_IN_TASK)
+_TF_WRITER = Obstacle(
+    "tf-handle",
+    "a TensorFlow resource",
+    _TF_HANDLE,
+    _MAKE_THERE,
+    _MAKE_IN_TASK,
+    is_refused=False,
+)
 _TF_FUNCTION = Obstacle(
+    "tf-function-called",
     "a tf.function that has been called",
     "Its first call compiled it into a graph of this process.",
     "Ship the plain function (.python_function), and apply tf.function inside the cell.",
+    "Take along the plain function (.python_function), and apply tf.function inside the task.",
     is_refused=False,
 )
 _CHECKPOINT = Obstacle(
-    "a TensorFlow checkpoint object", _TF_HANDLE, "Ship its path, and make it inside the cell.", is_refused=False
+    "tf-checkpoint",
+    "a TensorFlow checkpoint object",
+    _TF_HANDLE,
+    "Ship its path, and make it inside the cell.",
+    "Take its path along, and make it inside the function.",
+    is_refused=False,
 )
 _CACHED = Obstacle(
+    "lru-cache",
     "a function cached by functools",
     "The cache is made in C and is pickled by name, which the nodes do not have.",
     "Ship the plain function (.__wrapped__), and cache it inside the cell.",
+    "Take along the plain function (.__wrapped__), or put the cached one into a module that executors have.",
     is_refused=False,
 )
 _WEAK = Obstacle(
+    "weakref",
     "a weak reference (functools.singledispatch holds some)",
     "It points into this process.",
     "Define what holds it inside the cell.",
+    "Define what holds it inside the function, or in a module that executors have.",
     is_refused=False,
 )
-_VIEW = Obstacle("a view of memory", _HANDLE, "Ship bytes(…) of it.")
-_PROCESS = Obstacle("a process or a pool of them", _HANDLE, _MAKE_THERE)
+_VIEW = Obstacle(
+    "memoryview",
+    "a view of memory",
+    _HANDLE,
+    "Ship bytes(…) of it.",
+    "Take bytes(…) of it along.",
+    arrives_as="bytes",
+)
+_PROCESS = Obstacle("process", "a process or a pool of them", _HANDLE, _MAKE_THERE, _MAKE_IN_TASK)
+_CONTEXT_VARIABLE = Obstacle(
+    "contextvar",
+    "a context variable",
+    "Its values belong to the threads of one process.",
+    "Ship its value: variable.get().",
+    "Take its value along: variable.get().",
+)
 
 # (module or its beginning, class) → obstacle. Classes are looked up along the MRO.
 _KNOWN: tuple[tuple[str, str, Obstacle], ...] = (
@@ -127,10 +229,12 @@ _KNOWN: tuple[tuple[str, str, Obstacle], ...] = (
     ("builtins", "frame", _FRAME),
     ("builtins", "traceback", _FRAME),
     ("builtins", "memoryview", _VIEW),
-    ("_contextvars", "ContextVar", _THREAD),
+    ("_contextvars", "ContextVar", _CONTEXT_VARIABLE),
     ("weakref", "ReferenceType", _WEAK),
     ("builtins", "weakref", _WEAK),
     ("weakref", "WeakKeyDictionary", _WEAK),
+    ("weakref", "WeakValueDictionary", _WEAK),
+    ("_weakrefset", "WeakSet", _WEAK),
     ("functools", "_lru_cache_wrapper", _CACHED),
     ("IPython.core.interactiveshell", "InteractiveShell", _KERNEL),
     ("ipykernel", "Kernel", _KERNEL),
@@ -144,6 +248,7 @@ _KNOWN: tuple[tuple[str, str, Obstacle], ...] = (
     ("pyspark", "GroupedData", _DATAFRAME),
     ("pyspark", "DataFrameReader", _SESSION),
     ("pyspark", "Column", _COLUMN),
+    ("pyspark", "UserDefinedFunction", _UDF),
     ("pyspark", "Broadcast", _BROADCAST),
     ("pyspark", "Accumulator", _BROADCAST),
     ("pyspark", "JavaWrapper", _SPARK_MODEL),
@@ -162,6 +267,8 @@ _KNOWN: tuple[tuple[str, str, Obstacle], ...] = (
     ("tensorflow.python", "LookupInterface", _TABLE),
     ("tensorflow.python", "InitializableLookupTableBase", _TABLE),
     ("tensorflow.python.eager.polymorphic_function", "Function", _TF_FUNCTION),
+    ("tensorflow.python", "SummaryWriter", _TF_WRITER),
+    ("tensorflow.python", "TensorArray", _TF_WRITER),
     ("tensorflow.python", "Checkpoint", _CHECKPOINT),
     ("tensorflow.python", "CheckpointV1", _CHECKPOINT),
 )
@@ -194,110 +301,3 @@ def _of_type(kind: type) -> Obstacle | None:
             if base.__module__ == module or base.__module__.startswith(f"{module}."):
                 return obstacle
     return None
-
-
-# --- how an object is reached ------------------------------------------------------------------------------
-
-
-def render_path(name: str, chain: Sequence[Any]) -> str:
-    """Return the way from a named object to the last of `chain` as code that a person could type.
-
-    Parameters
-    ----------
-    name : str
-        How the first object of `chain` is called.
-    chain : sequence of object
-        The pickler's nesting: each object was being pickled as part of the one before. Tuples and dicts that
-        pickling made up on the way are skipped.
-
-    Examples
-    --------
-    >>> render_path("cfg", [cfg := {"opt": [1]}, cfg["opt"]])
-    'cfg["opt"]'
-    """
-    path, position = name, 0
-    while position < len(chain) - 1:
-        step, position = _next_step(chain, position)
-        path += step
-    return path
-
-
-def _next_step(chain: Sequence[Any], position: int) -> tuple[str, int]:
-    """Return the words for one step, and where it leads: the first later object that `chain[position]` holds."""
-    parts = _parts(chain[position])
-    for later in range(position + 1, len(chain)):
-        step = parts.get(id(chain[later]))
-        if step is not None:
-            return step, later
-    return "", position + 1
-
-
-def _parts(holder: Any) -> dict[int, str]:
-    """Map the id of everything that `holder` holds to how it is written."""
-    found: dict[int, str] = {}
-    for step, value in _named_parts(holder):
-        found.setdefault(id(value), step)
-    return found
-
-
-def _named_parts(holder: Any) -> list[tuple[str, Any]]:
-    if isinstance(holder, types.FunctionType):
-        return _function_parts(holder)
-    if isinstance(holder, type):
-        return [(f".{name}", value) for name, value in vars(holder).items()]
-    if isinstance(holder, types.MethodType):
-        return [(".__self__", holder.__self__), (".__func__", holder.__func__)]
-    if isinstance(holder, functools.partial):
-        arguments = [(f".args[{i}]", value) for i, value in enumerate(holder.args)]
-        return [(".func", holder.func), *arguments, *((f".keywords[{k!r}]", v) for k, v in holder.keywords.items())]
-    if isinstance(holder, property):
-        return [(f".{name}", getattr(holder, name)) for name in ("fget", "fset", "fdel")]
-    if isinstance(holder, staticmethod | classmethod):
-        return [("", holder.__func__)]
-    return [*_attributes(holder), *_items(holder)]
-
-
-def _function_parts(function: types.FunctionType) -> list[tuple[str, Any]]:
-    code = function.__code__
-    closure = zip(code.co_freevars, function.__closure__ or (), strict=True)
-    parts = [(f" → {name}", cell.cell_contents) for name, cell in closure if _is_filled(cell)]
-    parts += [(f" → {name}", value) for name, value in function.__globals__.items()]
-    parts += [(f".__defaults__[{i}]", value) for i, value in enumerate(function.__defaults__ or ())]
-    parts += [(f".__kwdefaults__[{name!r}]", value) for name, value in (function.__kwdefaults__ or {}).items()]
-    parts += [(f".{name}", value) for name, value in vars(function).items()]
-    return parts
-
-
-def _is_filled(cell: types.CellType) -> bool:
-    try:
-        _ = cell.cell_contents
-    except ValueError:
-        return False
-    return True
-
-
-def _attributes(holder: Any) -> list[tuple[str, Any]]:
-    attributes = dict(getattr(holder, "__dict__", None) or {})
-    for kind in type(holder).__mro__:
-        slots = kind.__dict__.get("__slots__", ())
-        for name in (slots,) if isinstance(slots, str) else slots:
-            if hasattr(holder, name):
-                attributes.setdefault(name, getattr(holder, name))
-    return [(f".{name}", value) for name, value in attributes.items()]
-
-
-def _items(holder: Any) -> list[tuple[str, Any]]:
-    try:
-        if isinstance(holder, Mapping):
-            return [(_index(key), value) for key, value in holder.items()]
-        if isinstance(holder, Sequence) and not isinstance(holder, str | bytes | bytearray | range | memoryview):
-            return [(f"[{i}]", value) for i, value in enumerate(holder)]
-        if isinstance(holder, Set):
-            return [("{…}", value) for value in holder]
-    except Exception:  # a user's container may raise anything; its path is then a little shorter
-        pass
-    return []
-
-
-def _index(key: Any) -> str:
-    return f'["{key}"]' if isinstance(key, str) else f"[{key!r}]"

@@ -29,6 +29,9 @@ class NodeInfo:
     times: Mapping[str, float]
     """Seconds since the epoch at which the child began (``child``), had imported TensorFlow (``imported``), had heard
     from all nodes (``met``) and entered the function (``running``)."""
+    namedtuple_patch: Mapping[str, Any] = field(default_factory=dict)
+    """The state of PySpark's patch in the child before anything of yours was imported there: see
+    :class:`tfos_magic.namedtuple_patch.PatchStatus`."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)

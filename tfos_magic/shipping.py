@@ -30,7 +30,7 @@ from typing import Any, cast
 
 import cloudpickle
 
-from tfos_magic import cell, obstacles
+from tfos_magic import cell, obstacles, tracing
 from tfos_magic.errors import EnvironmentMismatchError, ResultError, ShippingError
 
 LARGE_BYTES = 10 * 1000 * 1000
@@ -280,6 +280,18 @@ class _Refusal(Exception):
     """Stops the pickler at an object that must not travel, although it might pickle."""
 
 
+def reduce_for_nodes(obj: Any, default: Callable[[Any], Any]) -> Any:
+    """Return what ``reducer_override`` of this module's picklers would.
+
+    Parameters
+    ----------
+    obj : object
+    default : callable(object)
+        cloudpickle's own ``reducer_override``.
+    """
+    return _reduce(obj, _Survey(), default)
+
+
 def _reduce(obj: Any, survey: _Survey, default: Callable[[Any], Any]) -> Any:
     """Pickle as cloudpickle does, but for the notebook's and Spark's own objects; note what is met."""
     if obstacles.find(obj, is_refused=True):
@@ -320,42 +332,14 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle publis
         return _reduce(obj, self._survey, super().reducer_override)
 
 
-class _TracingPickler(pickle._Pickler):  # the pure Python one: its save() recurses
-    """Pickles slowly, remembering the chain of objects it is in when something fails."""
-
-    dispatch_table = cloudpickle.Pickler.dispatch_table
+class _ChainPickler(tracing.ChainPickler):
+    """Leads to the object at fault."""
 
     def __init__(self) -> None:
-        super().__init__(_Counter(), protocol=5)
-        self.chain: list[Any] = []
-        self.globals_ref: dict[int, dict[str, Any]] = {}  # what cloudpickle's own __init__ makes
-
-    def __getattr__(self, name: str) -> Any:
-        # cloudpickle's reducers are plain methods of its pickler, which is a C type and cannot be a second base.
-        method = vars(cloudpickle.Pickler).get(name)
-        if not isinstance(method, types.FunctionType):
-            raise AttributeError(name)
-        return types.MethodType(method, self)
+        super().__init__(cloudpickle.Pickler)
 
     def reducer_override(self, obj: Any) -> Any:
-        return _reduce(obj, _Survey(), types.MethodType(cloudpickle.Pickler.reducer_override, self))
-
-    def save(self, obj: Any, save_persistent_id: bool = True) -> None:
-        self.chain.append(obj)
-        super().save(obj, save_persistent_id)  # type: ignore[misc]  # not in typeshed
-        self.chain.pop()  # not reached on failure: the chain then leads to the culprit
-
-
-class _Counter:
-    """A file that only counts."""
-
-    def __init__(self) -> None:
-        self.size_bytes = 0
-
-    def write(self, data: Any) -> int:
-        size = len(data) if isinstance(data, bytes) else memoryview(data).nbytes
-        self.size_bytes += size
-        return size
+        return reduce_for_nodes(obj, self.reduce_as_cloudpickle)
 
 
 def _dumps(value: Any, survey: _Survey) -> bytes:
@@ -377,22 +361,14 @@ def _captures(function: Any) -> dict[str, Any]:
 
 
 def _function_captures(function: types.FunctionType) -> dict[str, Any]:
-    found = {
-        name: function.__globals__[name] for name in _global_names(function.__code__) if name in function.__globals__
-    }
+    space = function.__globals__
+    found = {name: space[name] for name in tracing.global_names(function.__code__) if name in space}
     for name, holder in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         try:
             found[name] = holder.cell_contents
         except ValueError:  # a variable of the outer function that is not assigned yet
             continue
     return {name: value for name, value in found.items() if value is not function}
-
-
-def _global_names(code: types.CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _global_names(constant)
 
 
 def _travels_by_import(obj: Any) -> bool:
@@ -431,7 +407,7 @@ def _measure(function: Any, named: Mapping[str, Any], survey: _Survey) -> tuple[
 
 
 def _measure_one(name: str, value: Any, survey: _Survey, *, where: str, path: str = "") -> ShippedObject:
-    counter = _Counter()
+    counter = tracing.Counter()
     try:
         _Pickler(counter, survey).dump(value)
     except Exception as error:  # any __reduce__ may raise anything
@@ -476,7 +452,7 @@ def _heaviest_path(name: str, value: Any) -> str:
             return path
         sizes = {}
         for inner, captured in _function_captures(value).items():
-            counter = _Counter()
+            counter = tracing.Counter()
             _Pickler(counter, _Survey()).dump(captured)
             sizes[inner] = counter.size_bytes
         heaviest = max(sizes, key=lambda inner: sizes[inner], default=None)
@@ -548,7 +524,7 @@ def _explain(name: str, value: Any, error: Exception, where: str = "") -> Shippi
         hint = "Make it flatter, or make it on the nodes, inside the cell."
         return ShippingError(f"{where}{name} is nested too deeply to be pickled.", path=name, hint=hint)
     chain, obstacle = _culprit(value)
-    path = obstacles.render_path(name, chain)
+    path = tracing.render_path(name, chain)
     if obstacle is None:
         reason = str(error) if not isinstance(error, _Refusal) else "it refuses to be pickled"
         return ShippingError(
@@ -567,7 +543,7 @@ def _explain(name: str, value: Any, error: Exception, where: str = "") -> Shippi
 
 def _culprit(value: Any) -> tuple[list[Any], obstacles.Obstacle | None]:
     """Return the chain of objects down to the first known obstacle, else to where pickling stops."""
-    pickler = _TracingPickler()
+    pickler = _ChainPickler()
     with contextlib.suppress(Exception):  # the same failure again, now with its chain
         pickler.dump(value)
     chain = pickler.chain or [value]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tfos_magic.inference import Inference
+    from tfos_magic.result import NodeInfo
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,11 @@ class StandingInferences:
         """Of those whose nodes are there; one that has failed or ended is not kept."""
         self._all = {name: pair for name, pair in self._all.items() if pair[0].is_open}
         return list(self._all)
+
+    @property
+    def nodes(self) -> list[NodeInfo]:
+        """The nodes of all."""
+        return [node for name in self.names for node in self._all[name][0].nodes]
 
     def find(self, name: str) -> Inference | None:
         """Return the open one of this name."""

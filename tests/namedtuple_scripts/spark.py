@@ -16,10 +16,14 @@ sc = SparkContext(conf=conf)
 early_rdd = sc.parallelize([(1, 2)], 1).map(lambda pair: Early(*pair))
 early_rdd.count()  # warm workers
 
-if mode == "reverted":
+if mode != "patched":
     from tfos_magic import namedtuple_patch
 
     namedtuple_patch.revert()
+if mode == "session":  # workers, too
+    from tfos_magic.namedtuple_jobs import CleanJobs
+
+    CleanJobs().start()
 
 Point = namedtuple("Point", "x y", defaults=(5,))
 GAIN = 1

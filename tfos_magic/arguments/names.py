@@ -38,6 +38,11 @@ def names_of_functions(namespace: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def names_of_all(namespace: Mapping[str, Any]) -> list[str]:
+    """Return all that the notebook has a name for."""
+    return [name for name, _ in _visible(namespace)]
+
+
 def names_of_predictors(namespace: Mapping[str, Any]) -> list[str]:
     """Return the notebook's functions and Keras models."""
     models = [name for name, value in _visible(namespace) if hasattr(type(value), "predict_on_batch")]

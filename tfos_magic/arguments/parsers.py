@@ -52,6 +52,19 @@ example:
       return {"score": model.predict_on_batch(batch["x"])[:, 0]}"""
 
 
+_DOCTOR = """\
+Say what happens to an object on its way to an executor and back: does it pickle, how large is it, what does it drag
+along, what arrives. Each finding breaks, is silently wrong, or is costly; with the reason, and with what to type.
+
+EXPR is a Python expression in the notebook: an object, a function, a class.
+As %%tfos_doctor above a cell: what the cell takes from the notebook, as %%tfos_train would ship it."""
+
+_DOCTOR_EXAMPLE = """\
+example:
+  %tfos_doctor train_step
+  %tfos_doctor {"model": model, "rows": rows[:10]} --executors --out diagnosis"""
+
+
 class _Parser(argparse.ArgumentParser):
     """An argparse parser that neither prints nor exits."""
 
@@ -103,6 +116,18 @@ def infer_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def doctor_parser() -> argparse.ArgumentParser:
+    """Return the parser of ``%tfos_doctor``; the expression is taken out of the line before."""
+    parser = _begin("tfos_doctor", "EXPR [options]", _DOCTOR, _DOCTOR_EXAMPLE)
+    parser.usage = "%%tfos_doctor EXPR [options]"
+    add = parser.add_argument
+    add("--executors", action="store_true", help="send it to the session's executors, too")
+    add("--session", metavar="NAME", help="the Spark session for --executors (default: spark, sc, or the active one)")
+    add("--out", metavar="NAME", help="bind the diagnosis to this name")
+    add("--help", "-h", action="store_true", help="this text")
+    return parser
+
+
 def _begin(name: str, usage: str, description: str, epilog: str) -> argparse.ArgumentParser:
     return _Parser(
         f"%%{name}",
@@ -132,7 +157,7 @@ def _add_the_rest(parser: argparse.ArgumentParser) -> None:
     add("--help", "-h", action="store_true", help="this text")
 
 
-PARSERS = {"tfos_train": train_parser, "tfos_infer": infer_parser}
+PARSERS = {"tfos_train": train_parser, "tfos_infer": infer_parser, "tfos_doctor": doctor_parser}
 """The name of each magic with options → what makes its parser."""
 
 

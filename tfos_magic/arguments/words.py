@@ -34,6 +34,26 @@ def split(line: str) -> list[str]:
     return words
 
 
+def raw_words(line: str) -> list[tuple[int, int]]:
+    """Return where each word of a line begins and ends, with its quotes: for words that belong to an expression.
+
+    Examples
+    --------
+    >>> raw_words('f("a b") + 1')
+    [(0, 8), (9, 10), (11, 12)]
+    """
+    found: list[tuple[int, int]] = []
+    position = 0
+    while position < len(line):
+        if line[position].isspace():
+            position += 1
+            continue
+        _, end = _word(line, position)
+        found.append((position, end))
+        position = end
+    return found
+
+
 def _word(line: str, position: int) -> tuple[str, int]:
     pieces: list[str] = []
     while position < len(line) and not line[position].isspace():

@@ -32,7 +32,7 @@ def main(config_fd: int, payload_fd: int, channel_fd: int, agent_pid: int) -> No
     die_with_parent(agent_pid)
     from tfos_magic import namedtuple_patch
 
-    namedtuple_patch.ensure_clean()
+    patch = namedtuple_patch.ensure_clean()
     config = json.loads(channel.read_all(config_fd))
     # sys.path is the Python worker's, so that what sc.addPyFile brought is found; our archive stays in front.
     sys.path[1:] = [entry for entry in config["sys_path"] if entry not in sys.path[:1]]
@@ -41,6 +41,7 @@ def main(config_fd: int, payload_fd: int, channel_fd: int, agent_pid: int) -> No
             stream.reconfigure(line_buffering=True, errors="backslashreplace")
     link = Link(socket.socket(fileno=channel_fd))
     try:
+        link.send("state", state="IMPORTING", namedtuple_patch=patch.to_json())
         _live(config, payload_fd, link)
     finally:
         link.wait_exit()
@@ -51,7 +52,6 @@ def main(config_fd: int, payload_fd: int, channel_fd: int, agent_pid: int) -> No
 
 
 def _live(config: dict[str, Any], payload_fd: int, link: Link) -> None:
-    link.send("state", state="IMPORTING")
     times = {"child": time.time()}
     if not _preload(config["preload"], link):
         return

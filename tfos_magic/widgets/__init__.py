@@ -10,8 +10,9 @@ Only `live` knows IPython; nothing here knows Spark.
 
 from __future__ import annotations
 
+from tfos_magic.widgets import diagnosis, namedtuple_table
 from tfos_magic.widgets.html import render_html
 from tfos_magic.widgets.live import LiveBoard, static_bundle
 from tfos_magic.widgets.text import one_line, render_text
 
-__all__ = ["LiveBoard", "one_line", "render_html", "render_text", "static_bundle"]
+__all__ = ["LiveBoard", "diagnosis", "namedtuple_table", "one_line", "render_html", "render_text", "static_bundle"]
