@@ -14,7 +14,7 @@ from test_magics import Kernel
 
 from tfos_magic import magics
 from tfos_magic.arguments import parse_doctor
-from tfos_magic.errors import UsageError
+from tfos_magic.errors import ShippingError, UsageError
 
 
 @pytest.fixture
@@ -176,3 +176,43 @@ def test_in_a_real_kernel_which_is_then_killed(tmp_path: Path) -> None:
         kernel.close()  # at once, as by kill -9
     gone, _ = psutil.wait_procs([second], 20)
     assert gone
+
+
+# --- before anything is shipped -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def training(services: FakeServices, shell: TestingShell) -> TestingShell:
+    services.found = "a session"
+    return shell
+
+
+def test_what_pickles_and_breaks_on_a_node_is_refused_before_spark_is_asked(
+    services: FakeServices, training: TestingShell
+) -> None:
+    training.cell("import functools\n@functools.lru_cache\ndef slow(n): return n * n")
+    with pytest.raises(ShippingError, match=r"(?s)global slow: this breaks on a node.*Take slow\.__wrapped__"):
+        training.cell("%%tfos_train --executors 2\nslow(3)")
+    assert services.calls == []
+
+
+def test_what_would_be_silently_wrong_is_a_warning_with_the_cure(
+    services: FakeServices, training: TestingShell
+) -> None:
+    training.cell("import random\nrng = random.Random(1)")
+    warned = training.output_of("%%tfos_train --executors 2\nrng.random()").stderr
+    assert "global rng: silently wrong." in warned
+    assert len(services.calls) == 1
+
+
+def test_healthy_cells_and_what_stays_behind_get_no_word(services: FakeServices, training: TestingShell) -> None:
+    training.cell("import threading, numpy as np\nweights = np.ones(3)\nlock = threading.Lock()")
+    output = training.output_of("%%tfos_train --executors 2\nlock = None\nweights.sum()")
+    assert "silently" not in output.stderr
+    assert "costly" not in output.stderr
+    assert len(services.calls) == 1
+
+
+def test_named_functions_are_looked_at_too(services: FakeServices, training: TestingShell) -> None:
+    training.cell("import random\nrng = random.Random(1)\ndef main_fun(args, ctx): return rng.random()")
+    assert "main_fun → global rng: silently wrong." in training.output_of("%tfos_train main_fun --executors 2").stderr

@@ -1,22 +1,29 @@
 """What stands behind ``%tfos_doctor``: one doctor for the notebook, kept from question to question.
 
+Whatever is to be shipped to nodes gets a quick look as well.
+
 Runs on: notebook.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 from tfos_magic import arguments
 from tfos_magic.arguments import DoctorLine
 from tfos_magic.arguments.words import short
-from tfos_magic.errors import UsageError
+from tfos_magic.cell import CellFunction
+from tfos_magic.errors import ShippingError, UsageError
 
 if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
 
     from tfos_magic.doctor import Doctor
     from tfos_magic.notebook import Notebook
+
+# Shipping measures every object itself; and nodes import modules before all else, and name the one that is missing.
+_TOLD_ELSEWHERE = frozenset({"large-capture", "driver-only-module"})
 
 
 class DoctorMagic:
@@ -48,16 +55,48 @@ class DoctorMagic:
         if cell is not None and not cell.strip():
             raise UsageError("The cell is empty: what should be examined?")
         executors = self._session(wanted)
-        if self._doctor is None:
-            self._doctor = self._services.doctor.Doctor(self._notebook.namespace)
+        doctor = self._kept()
         if cell is None:
-            name = short(wanted.expression)
-            diagnosis = self._doctor.examine(wanted.value, name, executors=executors)
+            diagnosis = doctor.examine(wanted.value, short(wanted.expression), executors=executors)
         else:
-            diagnosis = self._doctor.examine_cell(self._notebook.cell_function(cell), executors=executors)
+            diagnosis = doctor.examine_cell(self._notebook.cell_function(cell), executors=executors)
         if wanted.out:
             self._notebook.namespace[wanted.out] = diagnosis
         self._shell.display_pub.publish(data=self._services.widgets.diagnosis.bundle(diagnosis), metadata={})
+
+    def check(self, function: Callable[..., Any], left_out: Collection[str] = ()) -> list[str]:
+        """Have a quick look at what nodes are to run; return what would be silently wrong there, or costly.
+
+        Parameters
+        ----------
+        function : callable
+            That pickles: see :func:`tfos_magic.shipping.pack`.
+        left_out : collection of str
+            Names that it takes from the notebook and that do not travel.
+
+        Raises
+        ------
+        ShippingError
+            It pickles, and yet something would break on the nodes.
+        """
+        doctor = self._kept()
+        if isinstance(function, CellFunction):
+            diagnosis = doctor.examine_cell(function, fast=True)
+        else:
+            name = getattr(function, "__name__", type(function).__name__)
+            diagnosis = doctor.examine(function, name, fast=True, for_nodes=True)
+        stays = {f"global {name}" for name in left_out}
+        found = [each for each in diagnosis.findings if each.trap not in _TOLD_ELSEWHERE and not stays & {*each.path}]
+        for finding in found:
+            if finding.verdict is self._services.doctor.Verdict.BREAKS:
+                where = finding.words
+                raise ShippingError(f"{where}: this breaks on a node.", path=where, cause=finding.why, hint=finding.fix)
+        return [f"{each.words}: {each.verdict.word}. {each.why} {each.fix}" for each in found if each.verdict]
+
+    def _kept(self) -> Doctor:
+        if self._doctor is None:
+            self._doctor = self._services.doctor.Doctor(self._notebook.namespace)
+        return self._doctor
 
     def _session(self, wanted: DoctorLine) -> Any:
         if not wanted.asks_executors:

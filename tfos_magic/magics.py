@@ -380,7 +380,7 @@ class Extension:
         """Return what is to run and how; None for a dry run, which is shown instead."""
         payload = shipping.pack(function, args=_args(wanted))
         options = self._options(wanted, payload, **more)
-        for warning in payload.warnings:
+        for warning in (*payload.warnings, *self._doctor.check(function, payload.left_out)):
             print(f"warning: {warning}", file=sys.stderr)
         if not wanted.is_dry_run:
             return payload, options

@@ -86,6 +86,8 @@ class Payload:
     objects: tuple[ShippedObject, ...] = ()
     sources: Mapping[str, str] = field(default_factory=dict, repr=False)
     modules: tuple[ShippedModule, ...] = ()
+    left_out: tuple[str, ...] = ()
+    """Captured names that stay behind, because the cell assigns its own."""
     warnings: tuple[str, ...] = ()
 
 
@@ -130,6 +132,7 @@ def pack(function: Callable[..., Any], *, args: Any = None) -> Payload:
         objects=tuple(sorted(objects, key=lambda each: -each.size_bytes)),
         sources=sources,
         modules=_modules(function, survey),
+        left_out=tuple(left_out),
         warnings=(*map(_left_out_warning, left_out), *_size_warnings(objects, {**named, "args": args})),
     )
 

@@ -15,12 +15,14 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+from tfos_magic.cell import CellFunction
 from tfos_magic.doctor.dialects import Dialect
 from tfos_magic.doctor.findings import Finding, Verdict
 from tfos_magic.doctor.graph import Graph, Node
 
-# What a list, a dict or a function holds is the user's; what an estimator keeps inside is its library's business.
-_USERS_HOLDERS = (types.FunctionType, types.MethodType, types.BuiltinMethodType, type, list, tuple, dict, set)
+# What a cell, a list, a dict or a function holds is the user's; what an estimator keeps inside is its library's.
+_CALLABLES = (CellFunction, types.FunctionType, types.MethodType, types.BuiltinMethodType)
+_USERS_HOLDERS = (*_CALLABLES, type, list, tuple, dict, set)
 
 
 @dataclass
