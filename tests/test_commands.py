@@ -120,6 +120,69 @@ def test_the_quickstart_runs(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def outputs_of(name: str, out: Path) -> list[tuple[str, str]]:
+    """Run a demo notebook; return each code cell's source with the plain text of its outputs."""
+    command = [sys.executable, str(COMMANDS[0]), "--in-environment", "--out", str(out), name]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    cells = [cell for cell in nbformat.read(out / f"{name}.ipynb", as_version=4).cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    return [(cell.source, "\n".join(map(plain_text, cell.outputs))) for cell in cells]
+
+
+def plain_text(output: Any) -> str:
+    return str(output.text if output.output_type == "stream" else output.data["text/plain"])
+
+
+def one_output(cells: list[tuple[str, str]], end: str) -> str:
+    """Return what the one cell has said whose source ends with `end`."""
+    (found,) = [output for source, output in cells if source.endswith(end)]
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_namedtuple_patch_strikes_again_and_is_taken_out(tmp_path: Path) -> None:
+    cells = outputs_of("namedtuple_patch", tmp_path)
+    wrong, right = (f"(\"Reading(sensor='roof', celsius=20.0)\", {fact}, {fact})" for fact in (False, True))
+    assert one_output(cells, "\nreading_before").strip() == wrong
+    assert one_output(cells, "\ncolumn_before").strip() == "(False, 'collections.NumericColumn')"
+    assert one_output(cells, "\nhome_before").strip() == "False"
+    loaded = one_output(cells, "status --out loaded")
+    assert loaded.startswith("namedtuple patch: driver off, reverted; 1 Python worker on; every job reverts it first")
+    assert "yours: 1 (Reading)" in loaded
+    after = one_output(cells, "\nprint(home_after)").splitlines()
+    assert after == [right, "(True, 'tensorflow.python.feature_column.feature_column_v2.NumericColumn')", "True"]
+    mended = one_output(cells, "status --out mended")
+    assert mended.startswith("namedtuple patch: driver off, reverted; 1 Python worker off, reverted;")
+    assert one_output(cells, "restore --out restored").startswith("namedtuple patch: driver on; 1 Python worker on;")
+    for state, seen in (("restored", wrong), ("reverted", right), ("unloaded", wrong)):
+        assert one_output(cells, f"\nprint(column_{state})").splitlines()[0] == seen, state
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_doctor_names_six_ills_and_their_cures(tmp_path: Path) -> None:
+    cells = outputs_of("ask_the_doctor", tmp_path)
+    for name, headline, line in (
+        ("step", "✗ step: breaks", "✗ breaks: step → closure self → attribute lock   [drags-self]"),
+        ("draw", "≠ draw: silently wrong", "≠ silently wrong: draw → global rng   [captured-rng]"),
+        ("model", "≠ first: silently wrong", "≠ silently wrong: first   [class-leak-back]"),
+        ("score", "$ score: costly", "$ costly: score → global weights   [large-capture]"),
+        ("work", "✗ work: breaks", "✗ breaks: work → global double   [tf-function-called]"),
+        ("failure", "✗ failure: breaks", "✗ breaks: failure   [exception-init]"),
+    ):
+        (ill,) = [output for source, output in cells if source.endswith(f"--out ill_{name}")]
+        (well,) = [output for source, output in cells if source.endswith(f"--out well_{name}")]
+        assert ill.startswith(headline) and line in ill, name
+        assert well.startswith("✓ ") and ": fine " in well.splitlines()[0], name
+    assert one_output(cells, "--out well_keras").startswith("✓ model: fine ")
+    (cell,) = [output for source, output in cells if source.startswith("%%tfos_doctor --out ill_cell")]
+    assert "global settings → key 'guard'   [lock]" in cell
+    trips = one_output(cells, "--executors --out on_executors").partition("round trip:")[2]
+    assert trips.count(" arrived in ") >= 2  # the second interpreter, and at least one executor
+
+
 # ── the environments ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
