@@ -73,7 +73,7 @@ def _finding_html(finding: Finding) -> str:
     colour = _COLOURS[finding.verdict]
     return (
         f'<div style="margin:6px 0 6px 2px;padding-left:8px;border-left:3px solid {colour}">'
-        f'<div><b style="color:{colour}">{finding.verdict.word}</b> &nbsp;'
+        f'<div><b style="color:{colour}">{_word(finding)}</b> &nbsp;'
         f'<span style="{_MONO}">{escape(finding.words)}</span> '
         f'<span style="{_MUTED}">[{escape(finding.trap)}]</span></div>'
         f"<div>{escape(finding.why)}</div>"
@@ -130,7 +130,7 @@ def render_text(diagnosis: Diagnosis) -> str:
 def _finding_text(finding: Finding) -> list[str]:
     return [
         "",
-        f"{_MARKS[finding.verdict]} {finding.verdict.word}: {finding.words}   [{finding.trap}]",
+        f"{_MARKS[finding.verdict]} {_word(finding)}: {finding.words}   [{finding.trap}]",
         f"    {finding.why}",
         f"    → {finding.fix}",
     ]
@@ -150,14 +150,19 @@ def _table_text(title: str, heads: Sequence[str], rows: Rows) -> list[str]:
 
 def _facts(diagnosis: Diagnosis) -> str:
     does = "pickles" if diagnosis.pickles else "does not pickle"
-    return (
-        f"{diagnosis.kind}; {does} with {diagnosis.pickler}; {_size(diagnosis.size_bytes)}; {diagnosis.seconds:.2f} s"
-    )
+    kind = diagnosis.kind.removeprefix("builtins.")
+    return f"{kind}; {does} with {diagnosis.pickler}; {_size(diagnosis.size_bytes)}; {diagnosis.seconds:.2f} s"
+
+
+def _word(finding: Finding) -> str:
+    """Return the verdict in words; what is only a remark may speak of breaking, elsewhere."""
+    return finding.verdict.word if finding.verdict else "worth knowing"
 
 
 def _tree_lines(part: Part, before: str = "", below: str = "") -> Iterator[str]:
-    how = "" if part.how == "by value" else f", {part.how}"
-    yield f"{before}{part.step}  ({part.kind}{how}, {_size(part.size_bytes)})"
+    how = [] if part.how == "by value" else [part.how]
+    size = [] if part.how == "stays behind" else [_size(part.size_bytes)]
+    yield f"{before}{part.step}  ({', '.join([part.kind, *how, *size])})"
     for position, each in enumerate(part.parts):
         is_last = position == len(part.parts) - 1 and not part.more
         yield from _tree_lines(each, f"{below}{'└─ ' if is_last else '├─ '}", f"{below}{'   ' if is_last else '│  '}")
@@ -168,7 +173,7 @@ def _tree_lines(part: Part, before: str = "", below: str = "") -> Iterator[str]:
 def _size(size_bytes: int) -> str:
     """Return a size that is exact where it is small: a hundred bytes more or less tell something here."""
     if size_bytes < 10_000:
-        return f"{size_bytes:,} bytes"
+        return f"{size_bytes:,} byte{'s' * (size_bytes != 1)}"
     return f"{size_bytes / 1e3:,.0f} KB" if size_bytes < 10_000_000 else f"{size_bytes / 1e6:,.0f} MB"
 
 

@@ -24,7 +24,9 @@ def look(case: Case) -> Iterator[Finding]:
             "or pass the same arguments on to super().__init__"
         )
         if not _takes(cls, node.value.args):
-            why = f"It is rebuilt as {name}(*args), and its __init__ does not take these {len(node.value.args)} args."
+            count = len(node.value.args)
+            arguments = f"{count} argument{'s' * (count != 1)}"
+            why = f"It is rebuilt as {name}(*args), and its __init__ does not take {arguments}."
             yield case.finding(node, "exception-init", Verdict.BREAKS, why, fix)
         elif outcomes[position : position + 1] == [False]:
             why = f"It is rebuilt as {name}(*args), and its __init__ makes other args of them: the message changes."
