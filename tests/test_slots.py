@@ -273,6 +273,14 @@ def test_dynamic_allocation_means_nothing_on_a_local_master(script: Script) -> N
     assert "all well" in done.stdout
 
 
+SPECULATION = {
+    "spark.executor.memory": "1g",
+    "spark.speculation": "true",
+    "spark.speculation.quantile": "0.5",
+    "spark.speculation.multiplier": "1.01",
+}
+
+
 def test_a_second_copy_of_a_nodes_task_does_not_end_the_first(script: Script, standalone_cluster: Any) -> None:
     done = script(
         """
@@ -288,12 +296,7 @@ def test_a_second_copy_of_a_nodes_task_does_not_end_the_first(script: Script, st
         assert not ours(), ours()
         print("all well")
         """,
-        conf={
-            "spark.executor.memory": "1g",
-            "spark.speculation": "true",
-            "spark.speculation.quantile": "0.5",
-            "spark.speculation.multiplier": "1.01",
-        },
+        conf=SPECULATION,
         master=standalone_cluster.master_url,  # a copy is started on another host only
     )
     assert "Starting task 3.1 " in done.stderr  # the copy
@@ -328,12 +331,7 @@ def test_copies_of_feed_tasks_deliver_no_row_twice_and_lose_none(script: Script,
             assert learned == Counter(range(200_000)), when
             print(when, "- all well")
         """,
-        conf={
-            "spark.executor.memory": "1g",
-            "spark.speculation": "true",
-            "spark.speculation.quantile": "0.5",
-            "spark.speculation.multiplier": "1.01",
-        },
+        conf=SPECULATION,
         master=standalone_cluster.master_url,  # a copy is started on another host only
     )
     assert done.stderr.count("Starting task 3.1 ") == 4  # the copies: for two feeds and two questions

@@ -8,7 +8,9 @@ while a job in a thread of its own is cancelled in 0.02 s.
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,9 @@ from tfos_magic.node.launch import launch
 
 if TYPE_CHECKING:
     from pyspark import SparkContext
+
+_INTERRUPTIBLE_S = 0.5
+_CANCEL_S = 30.0
 
 
 class SparkJob:
@@ -30,7 +35,7 @@ class SparkJob:
     description : str
     action : callable() -> object
         Runs the action, e.g. ``rdd.collect``.
-    on_end : callable(SparkJob)
+    on_end : callable(SparkJob), optional
         Called in the job's thread when it has ended, well or not.
     """
 
@@ -40,7 +45,7 @@ class SparkJob:
         group: str,
         description: str,
         action: Callable[[], Any],
-        on_end: Callable[[SparkJob], None],
+        on_end: Callable[[SparkJob], None] | None = None,
     ) -> None:
         from pyspark import InheritableThread
 
@@ -74,6 +79,34 @@ class SparkJob:
         self._thread.join()
         return True
 
+    def finish(self, deadline: float = math.inf, *, cancel_s: float = _CANCEL_S) -> bool:
+        """Wait for the end; cancel the job when that does not come in time, or when an exception ends the waiting.
+
+        Parameters
+        ----------
+        deadline : float
+            On the monotonic clock.
+        cancel_s : float
+            How long to wait for the end of a job that was cancelled.
+
+        Returns
+        -------
+        bool
+            Whether it has ended by itself.
+        """
+        try:
+            while not self.wait(_INTERRUPTIBLE_S) and time.monotonic() < deadline:
+                pass
+        except BaseException:
+            self.cancel()
+            self.wait(cancel_s)
+            raise
+        if self.has_ended:
+            return True
+        self.cancel()
+        self.wait(cancel_s)
+        return False
+
     def _run(self) -> None:
         try:
             self._context.setJobGroup(self._group, self._description, interruptOnCancel=False)
@@ -82,7 +115,8 @@ class SparkJob:
             self.error = error
         finally:
             self._ended.set()
-            self._on_end(self)
+            if self._on_end is not None:
+                self._on_end(self)
 
 
 class LocalNodes:

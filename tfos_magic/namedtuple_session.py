@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from tfos_magic.result import NodeInfo
 
 _PATIENCE_S = 20.0
-_INTERRUPTIBLE_S = 0.5
 _CANCEL_S = 10.0
 _ROUNDS = 8
 _NAMES_SHOWN = 3
@@ -377,17 +376,8 @@ class _Answers:
         count = max(session.slot_count(self._context), 1)
         action = functools.partial(self._framed, way, count)
         group = f"tfos_magic-{uuid.uuid4().hex[:8]}"
-        job = SparkJob(self._context, group, "tfos_magic: the namedtuple patch in Python workers", action, _nothing)
-        try:
-            while not job.wait(_INTERRUPTIBLE_S) and time.monotonic() < self._deadline:
-                pass
-        except BaseException:
-            job.cancel()
-            job.wait(_CANCEL_S)
-            raise
-        if not job.has_ended:
-            job.cancel()
-            job.wait(_CANCEL_S)
+        job = SparkJob(self._context, group, "tfos_magic: the namedtuple patch in Python workers", action)
+        if not job.finish(self._deadline, cancel_s=_CANCEL_S):
             self._error = f"The executors have not answered in {self._timeout_s:.0f} s: their slots are taken."
             return False
         if job.error is not None:
@@ -430,10 +420,6 @@ class _Answers:
 
     def _has_all_executors(self) -> bool:
         return len({self._executor(answer) for answer in self._found.values()}) >= _executor_count(self._context)
-
-
-def _nothing(job: SparkJob) -> None:
-    pass
 
 
 def _executor_count(context: SparkContext) -> int:

@@ -415,17 +415,7 @@ def _measure_one(name: str, value: Any, survey: _Survey, *, where: str, path: st
         _Pickler(counter, survey).dump(value)
     except Exception as error:  # any __reduce__ may raise anything
         raise _explain(path or name, value, error, where) from None
-    return ShippedObject(name, _kind(value), counter.size_bytes, _how(value))
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, type):
-        return "class"
-    if isinstance(value, types.ModuleType):
-        return "module"
-    if isinstance(value, types.FunctionType | types.BuiltinFunctionType):
-        return "function"
-    return type(value).__name__
+    return ShippedObject(name, tracing.kind_of(value), counter.size_bytes, _how(value))
 
 
 def _how(value: Any) -> str:

@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     from pyspark.sql import DataFrame, Row, SparkSession
     from pyspark.sql.types import StructType
 
-_INTERRUPTIBLE_S = 0.5
-_CANCEL_S = 30.0
-
 
 def task(entry: str, plan: Mapping[str, Any]) -> Callable[..., Any]:
     """Return a function for Spark that runs ``entry(archive, plan, batches)`` where nothing is installed.
@@ -60,14 +57,8 @@ def collect(df: DataFrame, description: str) -> list[Row]:
     """
     context = df.sparkSession.sparkContext
     group = f"tfos_magic-{uuid.uuid4().hex[:8]}"
-    job = SparkJob(context, group, f"tfos_magic: {description}", df.collect, lambda job: None)
-    try:
-        while not job.wait(_INTERRUPTIBLE_S):
-            pass
-    except BaseException:
-        job.cancel()
-        job.wait(_CANCEL_S)
-        raise
+    job = SparkJob(context, group, f"tfos_magic: {description}", df.collect)
+    job.finish()
     if job.error is not None:
         raise job.error
     for row in job.value:

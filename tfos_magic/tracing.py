@@ -22,6 +22,17 @@ class Step(NamedTuple):
     """As a person types it: ``["opt"]``."""
 
 
+def kind_of(value: Any) -> str:
+    """Return the type of an object in a word."""
+    if isinstance(value, type):
+        return "class"
+    if isinstance(value, types.ModuleType):
+        return "module"
+    if isinstance(value, types.FunctionType | types.BuiltinFunctionType):
+        return "function"
+    return type(value).__name__
+
+
 def render_path(name: str, chain: Sequence[Any]) -> str:
     """Return the way from a named object to the last of `chain` as code that a person could type.
 

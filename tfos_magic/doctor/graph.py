@@ -349,7 +349,7 @@ class Tracer(tracing.TracingPickler):
                 self._modules[module] = None
             return
         if not any(type(part.value) is type(obj) for part in here.parts):
-            here.parts.append(Node(Step(f"somewhere inside, {kind_of(obj)}", ""), obj, here))
+            here.parts.append(Node(Step(f"somewhere inside, {tracing.kind_of(obj)}", ""), obj, here))
 
 
 def _long_parts(obj: Any) -> Iterator[tuple[Step, Any]]:
@@ -384,7 +384,7 @@ def _part(node: Node, depth: int) -> Part:
     shown = parts[:_SHOWN_PARTS] if depth else []
     return Part(
         step=node.step.words,
-        kind=kind_of(node.value),
+        kind=tracing.kind_of(node.value),
         how=node.how,
         size_bytes=node.size_bytes,
         parts=tuple(_part(part, depth - 1) for part in shown),
@@ -411,16 +411,3 @@ def _is_generated(value: Any) -> bool:
 
 def _is_stopped(node: Node) -> bool:
     return node.obstacle is not None or node.error is not None or node.is_by_name
-
-
-def kind_of(value: Any) -> str:
-    """Return the type of an object in a word."""
-    if isinstance(value, type):
-        return "class"
-    if isinstance(value, types.ModuleType):
-        return "module"
-    if isinstance(value, types.FunctionType | types.BuiltinFunctionType):
-        return "function"
-    if isinstance(value, types.MethodType):
-        return "method"
-    return type(value).__name__

@@ -11,10 +11,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tfos_magic import tracing
 from tfos_magic.doctor import code, second
 from tfos_magic.doctor.case import is_local_module, is_users_code
 from tfos_magic.doctor.findings import GlobalName
-from tfos_magic.doctor.graph import Graph, Node, kind_of
+from tfos_magic.doctor.graph import Graph, Node
 
 _EVERYWHERE = {"__main__", "pyspark", "py4j", "cloudpickle", "builtins"}
 
@@ -99,7 +100,7 @@ def table(graph: Graph, facts: Mapping[str, Any], patched: frozenset[str]) -> li
         name = words.partition(" ")[2]
         module = node.how.removeprefix("by import of ") if node.how.startswith("by import") else ""
         here, there = _versions(module, facts) if module else ("", "")
-        row = GlobalName(name, kind_of(node.value), node.how, here, there, name in patched)
+        row = GlobalName(name, tracing.kind_of(node.value), node.how, here, there, name in patched)
         rows.setdefault(f"{name} {node.how}", row)
     return list(rows.values())
 

@@ -46,7 +46,7 @@ def ask_executors(spark: Any, blob: bytes, question: Mapping[str, Any]) -> list[
     sent = context.broadcast(blob) if len(blob) > _BROADCAST_BYTES else blob
     ask = _by_value(text, JSONEncoder().encode(dict(question)), sent)
     rows = context.parallelize(range(tasks), tasks).mapPartitions(ask)
-    job = SparkJob(context, f"tfos_doctor-{uuid.uuid4().hex[:8]}", "%tfos_doctor --executors", rows.collect, _ignore)
+    job = SparkJob(context, f"tfos_doctor-{uuid.uuid4().hex[:8]}", "%tfos_doctor --executors", rows.collect)
     try:
         if not job.wait(TIMEOUT_S):
             raise SessionError(
@@ -76,10 +76,6 @@ def _context(spark: Any) -> SparkContext:
             hint="Without --executors the clean second interpreter of this machine is asked.",
         )
     return context
-
-
-def _ignore(job: SparkJob) -> None:
-    """Nobody waits for the job's end but the caller, who has its own way."""
 
 
 def _by_value(text: str, question: str, blob: Any) -> Any:
