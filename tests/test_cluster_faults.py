@@ -170,6 +170,37 @@ def test_an_interrupt_stops_everything_and_the_next_run_works(script: Script) ->
     assert done.stdout.count("interrupted") == 2
 
 
+SLOW_AGENT = """
+import sys, time
+if "node.agent" in sys.orig_argv[-1]:
+    time.sleep(4)
+"""
+
+
+def test_an_interrupt_while_nodes_are_being_started_waits_for_their_end(script: Script, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(SLOW_AGENT, encoding="utf-8")
+    done = script(
+        """
+        def interrupt():
+            while len(ours()) < 2:
+                time.sleep(0.05)
+            os.kill(os.getpid(), signal.SIGINT)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a notebook: PySpark's own cancels all jobs
+        for nodes in (2, 4):  # they hold their slots; they give them back
+            threading.Thread(target=interrupt).start()
+            try:
+                run_cell(spark, "import time; time.sleep(120)", nodes)
+            except KeyboardInterrupt:
+                print("interrupted")
+            assert not ours(), ours()
+        print("all well")
+        """,
+        env={"PYTHONPATH": f"{tmp_path}{os.pathsep}{HERE}"},
+    )
+    assert done.stdout.count("interrupted") == 2
+    assert "all well" in done.stdout
+
+
 def test_two_hosts_of_a_standalone_cluster(script: Script, standalone_cluster: Any) -> None:
     done = script(
         """

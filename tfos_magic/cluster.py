@@ -31,6 +31,7 @@ from tfos_magic.feeding import Delivery
 from tfos_magic.jobs import SparkJob
 from tfos_magic.launching import Launch
 from tfos_magic.members import Member
+from tfos_magic.node.launch import CLOSING, TAKEN
 from tfos_magic.options import RunOptions, modules_to_preload
 from tfos_magic.queues import Queues
 from tfos_magic.rendezvous import Message, Peer, RendezvousServer
@@ -51,7 +52,6 @@ if TYPE_CHECKING:
 
 _PATIENCE_S = 60.0
 _CONSEQUENCE_GRACE_S = 1.5
-_SETTLE_TIMEOUT_S = 2.0
 _CLOSE_TIMEOUT_S = 15.0  # for processes to end that have been told to; on a busy machine even that takes its time
 
 
@@ -295,8 +295,10 @@ class Cluster:
     def _on_message(self, peer: Peer, message: Message) -> None:
         with self.changed:
             header = message.header
-            if message.type == "hello":
-                self._welcome(self._nodes[header["index"]], peer, header)
+            if message.type == "begin":
+                self._admit(self._nodes[header["index"]], peer)
+            elif message.type == "hello":
+                self._welcome(peer.info["member"], peer, header)
             elif message.type == "commit":
                 self._commit(peer, header)
             elif message.type == "feed_error" and header["feed"] in self._feeds:
@@ -306,12 +308,13 @@ class Cluster:
                 self._take_report(peer.info["member"], message)
             self.changed.notify_all()
 
+    def _admit(self, node: Member, task: Peer) -> None:
+        refusal = CLOSING if self._is_closing else "" if node.admit(task) else TAKEN
+        task.send({"type": "answer", "refusal": refusal})
+
     def _welcome(self, node: Member, peer: Peer, hello: Mapping[str, Any]) -> None:
-        if not node.greet(peer, dict(hello)):
-            return
-        if self._is_closing:  # its task began just before the end: it has missed the word to stop
-            node.send({"type": "stop"})
-        elif not self._options.waits_for_all:
+        node.greet(peer, dict(hello))
+        if not self._options.waits_for_all and not self._is_closing:
             self._briefing.send_alone(node)
 
     def _commit(self, task: Peer, header: Mapping[str, Any]) -> None:
@@ -328,7 +331,7 @@ class Cluster:
         elif message.type == "result":
             self.queues.node_returned(node)
             if self._options.is_independent:
-                node.send({"type": "stop"})  # its slot is another node's turn
+                node.stop()  # its slot is another node's turn
         failure = node.report(message)
         if failure is not None and self._note(failure):
             node.change(NodeState.FAILED)
@@ -337,8 +340,10 @@ class Cluster:
         with self.changed:
             node = peer.info.get("member")
             if node is not None:
-                node.has_ended = True
-                if node.result is not None and self._options.is_independent:
+                node.leave()
+                if not node.has_ended:
+                    pass  # it never began: Spark says why, or starts it again
+                elif node.result is not None and self._options.is_independent:
                     node.change(NodeState.DONE)
                 elif self._note(Failure("lost", node=node.index)):
                     node.change(NodeState.LOST)
@@ -469,8 +474,6 @@ class Cluster:
         finally:
             self._launch.cancel()
             self._launch.wait(_CLOSE_TIMEOUT_S)
-            if self._server is not None and not all(node.peer for node in self._nodes):
-                self._launch.settle(_SETTLE_TIMEOUT_S)
             # Whatever is still alive now loses its connection, and an agent without one ends at once.
             if self._server is not None:
                 self._server.close()
@@ -483,15 +486,15 @@ class Cluster:
     def _stop_nodes(self) -> None:
         is_done = "finished" in self._timings  # what still serves then has served its turn
         for node in self._nodes:
-            node.send({"type": "stop"})
+            node.stop()
         for feed in self._feeds.values():
             if feed.job is not None:
                 feed.job.cancel()
-        if not all(node.peer for node in self._nodes):
-            self._launch.cancel()  # tasks that have not started yet would start nodes for nobody
+        if not all(node.place or node.has_ended for node in self._nodes):
+            self._launch.cancel()  # some wait for slots; those that get one now are refused
         deadline = time.monotonic() + _CLOSE_TIMEOUT_S
         with self.changed:
-            while not all(node.has_ended or node.peer is None for node in self._nodes):
+            while any(node.place for node in self._nodes):
                 if time.monotonic() > deadline:
                     break
                 self.changed.wait(0.1)

@@ -6,8 +6,6 @@ Runs on: driver.
 from __future__ import annotations
 
 import functools
-import threading
-import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -115,12 +113,3 @@ class Launch:
             self._job.wait(timeout_s)
         if self._local_nodes is not None:
             self._local_nodes.join(timeout_s)
-
-    def settle(self, timeout_s: float) -> None:
-        """Wait until no task runs any more: of a cancelled launch some may just have begun, and started a node.
-
-        Spark does not tell whose tasks run; where others have theirs, this takes the whole time.
-        """
-        pause, deadline = threading.Event(), time.monotonic() + timeout_s
-        while session.busy_slot_count(self._context) and time.monotonic() < deadline:
-            pause.wait(0.05)  # Spark has no event for this that Python could wait on

@@ -37,8 +37,10 @@ class Member:
 
     Attributes
     ----------
+    place : Peer or None
+        The connection of its task, then of its agent: open while any process of the node may be alive.
     peer : Peer or None
-        Its agent's connection, once it has said hello.
+        The same, once the agent has said hello.
     info : dict
         The hello: host, address, port, pids, Python version.
     times : dict of str to float
@@ -48,7 +50,7 @@ class Member:
     result : bytes or None
         What its function returned, packed.
     has_ended : bool
-        Its connection is closed: agent and child are gone.
+        It said hello, and its connection is closed: agent and child are gone.
     feed_port : int or None
         Where it takes rows.
     open_feeds : set of str
@@ -70,6 +72,7 @@ class Member:
     def __init__(self, index: int, role: Role, emit: Callable[[Event], None]) -> None:
         self.index = index
         self.role = role
+        self.place: Peer | None = None
         self.peer: Peer | None = None
         self.info: dict[str, Any] = {}
         self.times: dict[str, float] = {}
@@ -110,15 +113,28 @@ class Member:
         patch = dict(self.namedtuple_patch)
         return NodeInfo(self.name, self.host, self.address, info["child_pid"], python, dict(self.times), patch)
 
-    def greet(self, peer: Peer, hello: dict[str, Any]) -> bool:
-        """Take the agent's hello; a second one, from a task that Spark ran twice, is sent away (False)."""
-        if self.peer is not None:
-            peer.close()
+    def admit(self, peer: Peer) -> bool:
+        """Give the node to the task that asks for it; not to a second one, which Spark may start (False)."""
+        if self.place is not None or self.peer is not None:
             return False
-        self.peer, self.info = peer, hello
+        self.place = peer
         peer.info["member"] = self
-        self.change(NodeState.STARTING)
         return True
+
+    def greet(self, peer: Peer, hello: dict[str, Any]) -> None:
+        """Take the agent's hello."""
+        self.peer, self.info = peer, hello
+        self.change(NodeState.STARTING)
+
+    def stop(self) -> None:
+        """Tell the agent to end; one that has not said hello yet hears it then."""
+        if self.place is not None:
+            self.place.send({"type": "stop"})
+
+    def leave(self) -> None:
+        """Note that the connection is closed."""
+        self.place = None
+        self.has_ended = self.peer is not None
 
     def send(self, header: Mapping[str, Any]) -> None:
         """Send the agent a message; harmless before its hello and after its end."""

@@ -81,6 +81,22 @@ class FrameCodec:
         self._sent += 1
         return frame + tag
 
+    def state(self) -> Header:
+        """Return what :meth:`resume` needs, in JSON's types; it holds the keys."""
+        return {
+            "keys": [self._send_key.hex(), self._receive_key.hex()],
+            "counts": [self._sent, self._received],
+            "buffer": self._buffer.hex(),
+        }
+
+    @classmethod
+    def resume(cls, state: Mapping[str, Any]) -> FrameCodec:
+        """Return a codec that goes on where another one, in another process maybe, was left."""
+        codec = cls(*map(bytes.fromhex, state["keys"]))
+        codec._sent, codec._received = state["counts"]
+        codec._buffer += bytes.fromhex(state["buffer"])
+        return codec
+
     def feed(self, data: bytes) -> Iterator[Message]:
         """Take bytes in; yield the messages that are now complete.
 
@@ -224,6 +240,19 @@ class Connection:
         if not data:
             raise EOFError("the driver closed the connection")
         return list(self._codec.feed(data))
+
+    def hand_over(self) -> Header:
+        """Return what another process needs to go on with this connection, if it inherits the descriptor.
+
+        Neither sends nor receives afterwards; to the driver the connection is open as long as any process has it open.
+        """
+        return {"descriptor": self.socket.fileno(), "codec": self._codec.state()}
+
+    @classmethod
+    def take_over(cls, state: Mapping[str, Any]) -> Connection:
+        """Return the connection that :meth:`hand_over` described; its descriptor is no longer inherited by others."""
+        os.set_inheritable(state["descriptor"], False)
+        return cls(socket.socket(fileno=state["descriptor"]), FrameCodec.resume(state["codec"]))
 
     def close(self) -> None:
         """Close the socket."""

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from tfos_magic.rendezvous import Connection, Message
 
 BEAT_INTERVAL_S = 0.5
-TURNED_AWAY = 3  # exit status: the driver had this node already
+READY = b"ready\n"
 _TERM_GRACE_S = 0.5
 _EXIT_GRACE_S = 1.5
 _BOOT = "import sys; sys.path[0] = '/proc/self/fd/{archive}'; from tfos_magic.node.child import main; main({fds})"
@@ -55,6 +55,9 @@ def main(archive_fd: int, config_fd: int, payload_fd: int, lifeline_fd: int) -> 
     """Run the node until it is over, and exit."""
     become_subreaper()
     config = json.loads(channel.read_all(config_fd))
+    from tfos_magic.rendezvous import Connection
+
+    connection = Connection.take_over(config["connection"])
     agent = None
     # AutoGraph and others leave files there when their process is killed.
     scratch = tempfile.mkdtemp(prefix="tfos_magic-", dir=scratch_directory())
@@ -62,9 +65,9 @@ def main(archive_fd: int, config_fd: int, payload_fd: int, lifeline_fd: int) -> 
         descriptors = (archive_fd, config_fd, payload_fd)
         child = Child(descriptors, scratch, config["gpus"])  # first of all: TensorFlow's import takes the time
         try:
-            agent = _meet(config, child)
-            if agent is not None:
-                agent.run(lifeline_fd)
+            agent = Agent(config, connection, child)
+            _tell_task_ready()
+            agent.run(lifeline_fd)
         finally:
             child.kill()
     finally:
@@ -72,28 +75,15 @@ def main(archive_fd: int, config_fd: int, payload_fd: int, lifeline_fd: int) -> 
         shutil.rmtree(scratch, ignore_errors=True)
         if agent is not None:
             agent.close()
-        os._exit(TURNED_AWAY if agent is not None and agent.was_turned_away else 0)
+        os._exit(0)
 
 
-def _meet(config: dict[str, Any], child: Child) -> Agent | None:
-    """Connect to the driver and tell Spark's task how that went."""
-    from tfos_magic.errors import RendezvousError
-    from tfos_magic.rendezvous import connect
-
-    answer: dict[str, Any]
-    agent = None
-    try:
-        connection = connect((config["address"][0], config["address"][1]), bytes.fromhex(config["secret"]))
-        answer = {"ready": True}
-        agent = Agent(config, connection, child)
-    except RendezvousError as error:
-        answer = {"error": error.fact, "cause": error.cause, "hint": error.hint}
+def _tell_task_ready() -> None:
     with contextlib.suppress(BrokenPipeError):  # the task may have been killed meanwhile
-        os.write(1, json.dumps(answer).encode() + b"\n")
+        os.write(1, READY)
     devnull = os.open(os.devnull, os.O_WRONLY)
     os.dup2(devnull, 1)
     os.close(devnull)
-    return agent
 
 
 class Child:
@@ -147,7 +137,7 @@ class Agent:
     config : dict
         What the cluster and the task wrote down.
     connection : Connection
-        To the driver.
+        To the driver, from Spark's task.
     child : Child
         Already started.
     """
@@ -160,7 +150,6 @@ class Agent:
         self._outbox: deque[tuple[Mapping[str, Any], int | None]] = deque()
         self._counters: dict[str, Any] = {}
         self._has_answered = False  # the child sent its result or its failure
-        self._has_started = False
         self._is_stopping = False
         self._receiver: FeedReceiver | None = None
         self._queue_feeds: dict[str, list[str]] = {}
@@ -190,11 +179,6 @@ class Agent:
             loop.add_reader(descriptor, self._once, descriptor, action)
         loop.call_soon(self._beat)
         loop.run_forever()
-
-    @property
-    def was_turned_away(self) -> bool:
-        """Whether the driver hung up without a word: it does so when Spark runs a node's task a second time."""
-        return not self._has_started and not self._is_stopping
 
     def close(self) -> None:
         """Give back port, feed server and sampler; the child must be gone.
@@ -318,7 +302,6 @@ class Agent:
     # --- what the driver says -----------------------------------------------------------------------------
 
     def _on_start(self, message: Message) -> None:
-        self._has_started = True
         self._to_child(message.header)
         directory = message.header["tensorboard"]
         if directory is not None:

@@ -1,10 +1,16 @@
-"""The node's part inside Spark's task: start the agent, see it connected, and stay or go.
+"""The node's part inside Spark's task: ask the driver, start the agent, and stay or go.
 
 Runs on: executor, in a Python worker that Spark reuses, so it leaves nothing behind there.
 
-    Python worker ──Popen, own session──► agent ──► child
-         │  ◄── one line: ready | error ── │
-         └─ lifeline: a pipe that only the worker holds; when the worker dies, the agent reads end-of-file
+    driver ◄── "begin": may this node start? ── Python worker     (not while another task has it, nor once the run ends)
+       ▲                                           │ Popen, own session
+       └────────── the same connection ───────── agent ──► child
+                                                   ▲ │
+         Python worker ◄── one line: ready ────────┼─┘
+              └─ lifeline: a pipe that only the worker holds; when the worker dies, the agent reads end-of-file
+
+The agent inherits the connection, so to the driver it is open from before the node's first process until after its
+last: a run that ends knows of every process that it must see gone, however young.
 
 A node that *holds* its slot keeps the task until the agent exits: the Spark UI shows it, cancelling the job group
 kills it. A *detached* node gives the slot back once it has met the driver (``local[4]`` with four nodes needs the
@@ -15,6 +21,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -22,8 +29,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tfos_magic.errors import RendezvousError
 from tfos_magic.node import channel
-from tfos_magic.node.agent import TURNED_AWAY
+from tfos_magic.node.agent import READY
+from tfos_magic.rendezvous import Connection, connect
 
 # Found in a Python worker's environment and wrong for a process that trains: one OpenMP thread, a fixed hash seed,
 # and the credentials by which the executor's JVM knows its Python workers.
@@ -41,6 +50,7 @@ _DEFAULTS = {
 _DETACH = "import os; os.fork() and os._exit(0); "
 _BOOT = "import sys; sys.path[0] = '/proc/self/fd/{archive}'; from tfos_magic.node.agent import main; main({fds})"
 ERROR_MARK = "tfos_magic:"
+TAKEN, CLOSING = "taken", "closing"  # why the driver refuses a task its node
 
 
 def launch(archive: bytes, config: dict[str, Any], payload: bytes, indices: Iterator[int]) -> Iterator[dict[str, Any]]:
@@ -60,24 +70,45 @@ def launch(archive: bytes, config: dict[str, Any], payload: bytes, indices: Iter
     Raises
     ------
     RuntimeError
-        The agent could not meet the driver; the message carries :data:`ERROR_MARK` and JSON that the driver reads.
+        The task could not meet the driver; the message carries :data:`ERROR_MARK` and JSON that the driver reads.
     """
     index = next(iter(indices))
-    descriptors = [
-        channel.memory_file(archive),
-        channel.memory_file(json.dumps({**config, **_surroundings(index)}).encode()),
-        channel.memory_file(payload),
-    ]
+    connection, refusal = _ask(config, index)
+    if refusal:
+        connection.close()
+        if refusal == TAKEN:
+            # A speculative copy: were it to end, Spark would take the node for finished and kill the task that has it.
+            threading.Event().wait()  # until Spark kills this one
+        return
     lifeline, worker_end = os.pipe()
+    descriptors = [lifeline]
     try:
-        agent = _start_agent([*descriptors, lifeline], config["keep_env"], detach=not config["hold"])
+        inherited = {**config, **_surroundings(index), "connection": connection.hand_over()}
+        for content in (payload, json.dumps(inherited).encode(), archive):
+            descriptors.insert(0, channel.memory_file(content))
+        agent = _start_agent(descriptors, connection.socket, config["keep_env"], detach=not config["hold"])
     finally:
-        for descriptor in (*descriptors, lifeline):
+        connection.close()
+        for descriptor in descriptors:
             os.close(descriptor)
     try:
         yield _wait(agent, hold=config["hold"], lifeline=worker_end)
     finally:
         os.close(worker_end)
+
+
+def _ask(config: dict[str, Any], index: int) -> tuple[Connection, str]:
+    """Return a connection to the driver, and why it does not want this node; an empty string when it does."""
+    try:
+        host, port = config["address"]
+        connection = connect((host, port), bytes.fromhex(config["secret"]))
+        connection.send({"type": "begin", "index": index})
+        return connection, str(connection.receive().header["refusal"])
+    except RendezvousError as error:
+        answer = {"error": error.fact, "cause": error.cause, "hint": error.hint}
+    except (EOFError, OSError) as error:
+        answer = {"error": f"The driver hung up before node {index} began: {error}.", "cause": "The run has ended."}
+    raise RuntimeError(ERROR_MARK + json.dumps(answer))
 
 
 def _surroundings(index: int) -> dict[str, Any]:
@@ -105,13 +136,15 @@ def _jvm_pid() -> int:
     return os.getppid()
 
 
-def _start_agent(descriptors: list[int], keep_env: list[str], *, detach: bool) -> subprocess.Popen[bytes]:
+def _start_agent(
+    descriptors: list[int], connection: socket.socket, keep_env: list[str], *, detach: bool
+) -> subprocess.Popen[bytes]:
     boot = (_DETACH if detach else "") + _BOOT.format(archive=descriptors[0], fds=", ".join(map(str, descriptors)))
     return subprocess.Popen(
         [sys.executable, "-c", boot],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
-        pass_fds=descriptors,
+        pass_fds=[*descriptors, connection.fileno()],
         start_new_session=True,
         env=clean_environment(dict(os.environ), keep_env),
     )
@@ -138,15 +171,9 @@ def _wait(agent: subprocess.Popen[bytes], *, hold: bool, lifeline: int) -> dict[
     if agent.stdout is None:
         raise RuntimeError("the agent was started without a pipe")
     with agent.stdout as pipe:
-        line = pipe.readline()
-        answer = json.loads(line) if line.strip() else {"error": f"the agent exited with {agent.wait()} at once"}
-        if "error" in answer:
-            agent.wait()
+        if pipe.readline() != READY:
+            answer = {"error": f"the agent exited with {agent.wait()} at once"}
             raise RuntimeError(ERROR_MARK + json.dumps(answer))
         if not hold:
             os.write(lifeline, b"detached")  # tells the end of this task from the death of this worker
-        status = agent.wait()  # of a detached agent this is only the process that started it
-    if hold and status == TURNED_AWAY:
-        # A speculative copy: were it to end, Spark would take the node for finished and kill the task that has it.
-        threading.Event().wait()  # until Spark kills this one
-    return {"exit": status}
+        return {"exit": agent.wait()}  # of a detached agent this is only the process that started it
