@@ -70,10 +70,69 @@ def test_a_cell_is_examined_as_it_would_be_shipped(shell: TestingShell) -> None:
 
 def test_html_comes_with_the_text(shell: TestingShell, monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[dict[str, str]] = []
-    monkeypatch.setattr(shell.display_pub, "publish", lambda data, metadata: shown.append(data))
+    monkeypatch.setattr(shell.display_pub, "publish", lambda data, **_: shown.append(data))
     shell.cell("%tfos_doctor [1, 2]")
     assert set(shown[0]) == {"text/html", "text/plain"}
     assert shown[0]["text/html"].startswith('<div class="tfos-doctor')
+
+
+class Publisher:
+    """What a kernel's display publisher is sent."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[str, str, bool]] = []
+
+    def publish(self, data: dict[str, str], metadata: Any, transient: dict[str, str], update: bool) -> None:
+        self.sent.append((data["text/plain"], transient["display_id"], update))
+
+
+@pytest.fixture
+def kernel(shell: TestingShell, monkeypatch: pytest.MonkeyPatch) -> Publisher:
+    publisher = Publisher()
+    monkeypatch.setattr(shell, "kernel", object(), raising=False)
+    monkeypatch.setattr(shell.display_pub, "publish", publisher.publish)
+    return publisher
+
+
+def test_what_is_known_is_shown_while_a_large_library_is_imported_elsewhere(
+    shell: TestingShell, kernel: Publisher
+) -> None:
+    shell.cell("import tensorflow as tf\nlayer = tf.keras.layers.Dense(1)")
+    shell.cell("%tfos_doctor layer")
+    (first, display, is_update), (last, same_display, is_another) = kernel.sent
+    assert (display, is_update, is_another) == (same_display, False, True)
+    head, waiting = first.splitlines()[:2]
+    assert "layer: so far " in head
+    assert waiting.startswith("asking a clean second interpreter, which imports ")
+    assert "keras" in waiting
+    assert "a clean second interpreter  arrived in" in last
+    assert "asking" not in last
+    assert "so far" not in last
+
+    kernel.sent.clear()
+    shell.cell("%tfos_doctor layer")  # it is imported now
+    assert [update for _, _, update in kernel.sent] == [False]
+
+
+def test_an_interrupt_leaves_what_was_known(
+    shell: TestingShell, kernel: Publisher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: Any, **options: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tfos_magic.doctor.arrival.ask_second", interrupted)
+    shell.cell("import pandas\nframe = pandas.DataFrame({'a': [1]})")
+    assert isinstance(shell.error_of("%tfos_doctor frame").error, KeyboardInterrupt)
+    last = kernel.sent[-1][0]
+    assert "asking" not in last
+    assert "not asked: interrupted" in last
+
+
+def test_a_terminal_is_told_in_a_line_what_is_waited_for(shell: TestingShell) -> None:
+    shell.cell("import pandas\nframe = pandas.DataFrame({'a': [1]})")
+    lines = shell.output_of("%tfos_doctor frame").stdout.splitlines()
+    assert lines[0].startswith("asking a clean second interpreter, which imports numpy, pandas")
+    assert "frame: fine" in lines[1]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ Runs on: notebook.
 
 from __future__ import annotations
 
+import dataclasses
+import uuid
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +21,54 @@ from tfos_magic.errors import ShippingError, UsageError
 if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
 
-    from tfos_magic.doctor import Doctor
+    from tfos_magic.doctor import Diagnosis, Doctor
     from tfos_magic.notebook import Notebook
 
 # Shipping measures every object itself; and nodes import modules before all else, and name the one that is missing.
 _TOLD_ELSEWHERE = frozenset({"large-capture", "driver-only-module"})
+
+
+class DiagnosisOutput:
+    """Where a diagnosis is shown: first what is known at once, if the rest takes long, then all of it in its place.
+
+    Parameters
+    ----------
+    shell : InteractiveShell
+        One with a ``kernel`` has outputs that can be replaced; another is told in a line what is waited for.
+    services : Services
+        ``doctor`` and ``widgets`` of them.
+    """
+
+    def __init__(self, shell: InteractiveShell, services: Any) -> None:
+        self._shell = shell
+        self._services = services
+        self._display_id = uuid.uuid4().hex
+        self._shown: Diagnosis | None = None
+
+    def __enter__(self) -> DiagnosisOutput:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, traceback: object) -> None:
+        # What stays in the notebook does not wait any more.
+        if kind is not None and self._shown is not None and self._shown.awaits:
+            why = "interrupted" if issubclass(kind, KeyboardInterrupt) else "failed"
+            trip = self._services.doctor.Trip(self._shown.awaits, "not asked", why)
+            self.show(dataclasses.replace(self._shown, awaits="", trip=trip))
+
+    def show(self, diagnosis: Diagnosis) -> None:
+        """Show a diagnosis in place of the one before."""
+        if hasattr(self._shell, "kernel"):
+            self._publish(diagnosis, {"display_id": self._display_id}, update=self._shown is not None)
+        elif diagnosis.awaits:
+            print(f"asking {diagnosis.awaits} …", flush=True)
+            return
+        else:
+            self._publish(diagnosis, {}, update=False)
+        self._shown = diagnosis
+
+    def _publish(self, diagnosis: Diagnosis, transient: dict[str, str], *, update: bool) -> None:
+        data = self._services.widgets.diagnosis.bundle(diagnosis)
+        self._shell.display_pub.publish(data=data, metadata={}, transient=transient, update=update)
 
 
 class DoctorMagic:
@@ -56,13 +101,15 @@ class DoctorMagic:
             raise UsageError("The cell is empty: what should be examined?")
         executors = self._session(wanted)
         doctor = self._kept()
-        if cell is None:
-            diagnosis = doctor.examine(wanted.value, short(wanted.expression), executors=executors)
-        else:
-            diagnosis = doctor.examine_cell(self._notebook.cell_function(cell), executors=executors)
-        if wanted.out:
-            self._notebook.namespace[wanted.out] = diagnosis
-        self._shell.display_pub.publish(data=self._services.widgets.diagnosis.bundle(diagnosis), metadata={})
+        with DiagnosisOutput(self._shell, self._services) as output:
+            asked: dict[str, Any] = {"executors": executors, "on_progress": output.show}
+            if cell is None:
+                diagnosis = doctor.examine(wanted.value, short(wanted.expression), **asked)
+            else:
+                diagnosis = doctor.examine_cell(self._notebook.cell_function(cell), **asked)
+            if wanted.out:
+                self._notebook.namespace[wanted.out] = diagnosis
+            output.show(diagnosis)
 
     def check(self, function: Callable[..., Any], left_out: Collection[str] = ()) -> list[str]:
         """Have a quick look at what nodes are to run; return what would be silently wrong there, or costly.

@@ -21,7 +21,7 @@ Examples
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from tfos_magic.doctor.doctor import Doctor
@@ -40,6 +40,7 @@ def examine(
     globals_: Mapping[str, Any] | None = None,
     fast: bool = False,
     for_nodes: bool = False,
+    on_progress: Callable[[Diagnosis], None] | None = None,
 ) -> Diagnosis:
     """Diagnose one object; :class:`Doctor` is quicker for several.
 
@@ -59,6 +60,8 @@ def examine(
         Only what can be said at once: no second interpreter, no executors.
     for_nodes : bool
         As our nodes are sent it, by ``%%tfos_train``, and not as by one of Spark's ordinary jobs.
+    on_progress : callable(Diagnosis), optional
+        Given what is known so far, when others have been asked whose answer takes seconds.
 
     Returns
     -------
@@ -70,4 +73,12 @@ def examine(
         PySpark is not installed, and it is PySpark's pickling that was asked for; or the executors do not answer.
     """
     with Doctor(globals_) as doctor:
-        return doctor.examine(value, name, round_trip=round_trip, executors=executors, fast=fast, for_nodes=for_nodes)
+        return doctor.examine(
+            value,
+            name,
+            round_trip=round_trip,
+            executors=executors,
+            fast=fast,
+            for_nodes=for_nodes,
+            on_progress=on_progress,
+        )

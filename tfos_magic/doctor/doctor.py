@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tfos_magic.doctor import arrival, namedtuples, names, remote, second, traps
@@ -61,6 +61,7 @@ class Doctor:
         executors: Any = None,
         fast: bool = False,
         for_nodes: bool = False,
+        on_progress: Callable[[Diagnosis], None] | None = None,
     ) -> Diagnosis:
         """Diagnose one object; parameters as in :func:`tfos_magic.doctor.examine`."""
         started = time.perf_counter()
@@ -68,10 +69,17 @@ class Doctor:
         subject = value if for_nodes else function_of_udf(value)
         graph = trace(subject, name, dialect, _FAST_BUDGET_S if fast else BUDGET_S)
         case = Case(graph, dialect, self._globals, value, _context(executors), executors is not None)
-        return self._diagnose(case, subject, round_trip and not fast, None if fast else executors, started)
+        examination = _Examination(case, subject, started, on_progress)
+        return examination.run(self.interpreter if round_trip and not fast else None, None if fast else executors)
 
     def examine_cell(
-        self, cell: CellFunction, *, round_trip: bool = True, executors: Any = None, fast: bool = False
+        self,
+        cell: CellFunction,
+        *,
+        round_trip: bool = True,
+        executors: Any = None,
+        fast: bool = False,
+        on_progress: Callable[[Diagnosis], None] | None = None,
     ) -> Diagnosis:
         """Diagnose a whole cell as ``%%tfos_train`` would ship it: everything that it takes from the notebook."""
         started = time.perf_counter()
@@ -80,41 +88,94 @@ class Doctor:
         tracer = Tracer(dialect, _FAST_BUDGET_S if fast else BUDGET_S)
         graph = tracer.trace_all([(Step(f"global {n}", n), v) for n, v in captured.items()], cell.label, cell)
         case = Case(graph, dialect, self._globals, cell, _context(executors), executors is not None)
-        return self._diagnose(case, captured, round_trip and not fast, None if fast else executors, started)
+        examination = _Examination(case, captured, started, on_progress)
+        return examination.run(self.interpreter if round_trip and not fast else None, None if fast else executors)
 
     @property
     def _globals(self) -> Mapping[str, Any]:
         return self._namespace if self._namespace is not None else vars(sys.modules["__main__"])
 
-    def _diagnose(self, case: Case, subject: Any, round_trip: bool, executors: Any, started: float) -> Diagnosis:
-        parcel, failure = _pack(case, subject) if round_trip or executors is not None else (None, None)
+
+class _Examination:
+    """One examination, from the tracer's graph to the record.
+
+    Parameters
+    ----------
+    case : Case
+    subject : object
+        What is pickled.
+    started : float
+        On the performance counter.
+    on_progress : callable(Diagnosis), optional
+    """
+
+    def __init__(
+        self, case: Case, subject: Any, started: float, on_progress: Callable[[Diagnosis], None] | None
+    ) -> None:
+        self._case = case
+        self._subject = subject
+        self._started = started
+        self._on_progress = on_progress
+        self._parcel: arrival.Parcel | None = None
+        self._failure: Finding | None = None
+
+    def run(self, interpreter: SecondInterpreter | None, executors: Any) -> Diagnosis:
+        """Ask whoever is given, and say what is known."""
+        if interpreter is not None or executors is not None:
+            self._parcel, self._failure = _pack(self._case, self._subject)
         trip = None
-        if round_trip and parcel is not None:
-            trip = arrival.ask_second(case, self.interpreter, subject, parcel)
-        found = list(traps.look(case))
-        found += arrival.look(case, trip, found, self.interpreter)
-        if failure is not None and not any(finding.verdict is Verdict.BREAKS for finding in found):
-            found.append(failure)
-        trips: list[Trip] = []
-        if executors is not None and parcel is not None:
-            for facts in remote.ask_executors(executors, parcel.blob, parcel.question):
-                trips.append(arrival.to_trip(facts["executor"], facts, subject, parcel))
-                found += arrival.look_at_executor(case, trips[-1], facts, found)
-                case.facts = facts
+        if interpreter is not None and self._parcel is not None:
+            self._tell(_slow_part_of(interpreter, self._parcel, executors))
+            trip = arrival.ask_second(self._case, interpreter, self._subject, self._parcel)
+        found = self._look()
+        if interpreter is not None:
+            found += arrival.look(self._case, trip, found, interpreter)
+        if executors is None or self._parcel is None:
+            return self._record(found, trip)
+        trips = []
+        for facts in remote.ask_executors(executors, self._parcel.blob, self._parcel.question):
+            trips.append(arrival.to_trip(facts["executor"], facts, self._subject, self._parcel))
+            found += arrival.look_at_executor(self._case, trips[-1], facts, found)
+            self._case.facts = facts
+        return self._record(found, trip, trips)
+
+    def _tell(self, awaits: str) -> None:
+        if awaits and self._on_progress is not None:
+            self._on_progress(self._record(self._look(), None, awaits=awaits))
+
+    def _look(self) -> list[Finding]:
+        found = list(traps.look(self._case))
+        if self._failure is not None and not any(finding.verdict is Verdict.BREAKS for finding in found):
+            found.append(self._failure)
+        return found
+
+    def _record(
+        self, found: list[Finding], trip: Trip | None, executors: Sequence[Trip] = (), awaits: str = ""
+    ) -> Diagnosis:
+        case = self._case
         return Diagnosis(
             name=case.graph.root.step.words,
             kind=second.full_name(type(case.value)),
-            pickles=failure is None and not any(_is_stopped(node) for node in case.graph),
+            pickles=self._failure is None and not any(_is_stopped(node) for node in case.graph),
             pickler=case.dialect.title,
-            size_bytes=parcel.size_bytes if parcel is not None else case.graph.root.size_bytes,
-            seconds=time.perf_counter() - started,
+            size_bytes=self._parcel.size_bytes if self._parcel is not None else case.graph.root.size_bytes,
+            seconds=time.perf_counter() - self._started,
             findings=tuple(_sorted(found)),
             tree=case.graph.to_part(),
             names=tuple(names.table(case.graph, case.facts, frozenset(_patched_names(found)))),
             namedtuples=tuple(namedtuples.tables(case)),
             trip=trip,
-            executors=tuple(trips),
+            executors=tuple(executors),
+            awaits=awaits,
         )
+
+
+def _slow_part_of(interpreter: SecondInterpreter, parcel: arrival.Parcel, executors: Any) -> str:
+    """Return what will take seconds, in words; empty when nothing will."""
+    libraries = interpreter.will_import(parcel.question["modules"])
+    if libraries:
+        return f"a clean second interpreter, which imports {', '.join(libraries)} first"
+    return "the executors" if executors is not None else ""
 
 
 def _pack(case: Case, subject: Any) -> tuple[arrival.Parcel | None, Finding | None]:

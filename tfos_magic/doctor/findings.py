@@ -239,6 +239,8 @@ class Diagnosis:
         The round trip in a clean second interpreter; None where it was not asked for.
     executors : tuple of Trip
         The same on executors.
+    awaits : str
+        Who has been asked and has not answered yet; empty once the diagnosis is complete.
     """
 
     name: str
@@ -253,6 +255,7 @@ class Diagnosis:
     namedtuples: tuple[NamedtupleTable, ...] = ()
     trip: Trip | None = None
     executors: tuple[Trip, ...] = field(default=())
+    awaits: str = ""
 
     @property
     def verdict(self) -> Verdict:

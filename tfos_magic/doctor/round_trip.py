@@ -49,6 +49,7 @@ class SecondInterpreter:
         self._environment = dict(environment or {})
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
+        self._loaded: frozenset[str] = frozenset()
         self._finalizer: weakref.finalize[Any, Any] | None = None
 
     def __enter__(self) -> SecondInterpreter:
@@ -61,6 +62,11 @@ class SecondInterpreter:
     def pid(self) -> int | None:
         """Of the process, while there is one."""
         return self._process.pid if self._process is not None and self._process.poll() is None else None
+
+    def will_import(self, modules: Sequence[str]) -> list[str]:
+        """Return the large libraries among top-level `modules` that it has not loaded yet: they take seconds."""
+        loaded = self._loaded if self.pid is not None else frozenset()
+        return [name for name in _PRELOADED if name in modules and name not in loaded]
 
     def start(self) -> None:
         """Start it now, so that the first question need not wait for it."""
@@ -99,7 +105,9 @@ class SecondInterpreter:
                 until = time.monotonic() + deadline_s + _START_S + (_PRELOAD_S if preload else 0.0)
                 _send(process, struct.pack("!I", len(head)) + head + blob, until)
                 size = struct.unpack("!I", _receive(process, 4, until))[0]
-                return dict(JSONDecoder().decode(_receive(process, size, until).decode()))
+                said = _receive(process, size, until)
+                self._loaded |= {*preload}
+                return dict(JSONDecoder().decode(said.decode()))
             except (OSError, EOFError) as error:
                 self._end()
                 return {"no_interpreter": f"{type(error).__name__}: {error}"}
@@ -134,6 +142,7 @@ class SecondInterpreter:
         if self._finalizer is not None:
             self._finalizer()
         self._process = self._finalizer = None
+        self._loaded = frozenset()
 
 
 def _end_process(process: subprocess.Popen[bytes]) -> None:

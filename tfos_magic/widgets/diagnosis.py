@@ -64,8 +64,9 @@ def _headline_html(diagnosis: Diagnosis) -> str:
     colour = _COLOURS[diagnosis.verdict]
     return (
         f'<div><span style="color:{colour}">{_MARKS[diagnosis.verdict]}</span> <b>{escape(diagnosis.name)}</b>: '
-        f'<b style="color:{colour}">{diagnosis.verdict.word}</b> '
+        f'<b style="color:{colour}">{_verdict(diagnosis)}</b> '
         f'&nbsp;<span style="{_MUTED}">{escape(_facts(diagnosis))}</span></div>'
+        + (f'<div style="{_MUTED}">{escape(_waiting(diagnosis))}</div>' if diagnosis.awaits else "")
     )
 
 
@@ -114,7 +115,9 @@ def _pre(text: str) -> str:
 
 def render_text(diagnosis: Diagnosis) -> str:
     """Return the diagnosis as text for terminals."""
-    lines = [f"{_MARKS[diagnosis.verdict]} {diagnosis.name}: {diagnosis.verdict.word}   ({_facts(diagnosis)})"]
+    lines = [f"{_MARKS[diagnosis.verdict]} {diagnosis.name}: {_verdict(diagnosis)}   ({_facts(diagnosis)})"]
+    if diagnosis.awaits:
+        lines.append(_waiting(diagnosis))
     for finding in diagnosis.findings[:_FINDINGS_SHOWN]:
         lines += _finding_text(finding)
     if len(diagnosis.findings) > _FINDINGS_SHOWN:
@@ -146,6 +149,14 @@ def _table_text(title: str, heads: Sequence[str], rows: Rows) -> list[str]:
 
 
 # --- what both say -----------------------------------------------------------------------------------------
+
+
+def _verdict(diagnosis: Diagnosis) -> str:
+    return f"so far {diagnosis.verdict.word}" if diagnosis.awaits else diagnosis.verdict.word
+
+
+def _waiting(diagnosis: Diagnosis) -> str:
+    return f"asking {diagnosis.awaits} …"
 
 
 def _facts(diagnosis: Diagnosis) -> str:
