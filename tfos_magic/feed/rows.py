@@ -157,6 +157,8 @@ def joined_arrays(parts: Sequence[Rows], mapping: Mapping[str, str]) -> dict[str
     singles = [part for part in parts if isinstance(part, ObjectRows)]
     if len(singles) == len(parts) > 1:
         return ObjectRows([row for part in singles for row in part.items()]).arrays(mapping)
+    if len(parts) == 1:  # the rule: a chunk holds many batches
+        return {tensor: array.copy() for tensor, array in parts[0].arrays(mapping).items()}
     found = [part.arrays(mapping) for part in parts]
     return {tensor: _concatenated([each[tensor] for each in found]) for tensor in mapping.values()}
 
