@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _INTERRUPTIBLE_S = 0.5
 _CANCEL_S = 30.0
+_LOOK_S = 0.1
 
 
 class SparkJob:
@@ -55,6 +56,7 @@ class SparkJob:
         self._action = action
         self._on_end = on_end
         self._ended = threading.Event()
+        self._is_cancelled = False
         self.value: Any = None
         self.error: Exception | None = None
         # Inherits what the notebook set, e.g. the scheduler pool. A daemon, so that it never keeps the kernel alive.
@@ -67,17 +69,28 @@ class SparkJob:
         return self._ended.is_set()
 
     def cancel(self) -> None:
-        """Ask Spark to kill the job's tasks."""
+        """Ask Spark to kill the job's tasks; one that Spark has not begun yet is killed when :meth:`wait` sees it."""
+        self._is_cancelled = True
         if not self.has_ended:
             self._context.cancelJobGroup(self._group)
 
     def wait(self, timeout_s: float) -> bool:
         """Wait for the end; return whether it came."""
+        deadline = time.monotonic() + timeout_s
         # Not Thread.join: after a KeyboardInterrupt CPython up to 3.12 takes a live thread for a dead one.
-        if not self._ended.wait(timeout_s):
-            return False
+        while not self._ended.wait(min(max(deadline - time.monotonic(), 0.0), _LOOK_S)):
+            if time.monotonic() >= deadline:
+                return False
+            if self._is_cancelled:
+                self._cancel_again()
         self._thread.join()
         return True
+
+    def _cancel_again(self) -> None:
+        """Kill what has begun since: Spark forgets the wish to kill a job that it is still planning."""
+        tracker = self._context.statusTracker()
+        if not set(tracker.getJobIdsForGroup(self._group)).isdisjoint(tracker.getActiveJobsIds()):
+            self._context.cancelJobGroup(self._group)
 
     def finish(self, deadline: float = math.inf, *, cancel_s: float = _CANCEL_S) -> bool:
         """Wait for the end; cancel the job when that does not come in time, or when an exception ends the waiting.
@@ -110,7 +123,8 @@ class SparkJob:
     def _run(self) -> None:
         try:
             self._context.setJobGroup(self._group, self._description, interruptOnCancel=False)
-            self.value = self._action()
+            if not self._is_cancelled:
+                self.value = self._action()
         except Exception as error:  # Spark, py4j and Java raise what they like; the owner sorts it out
             self.error = error
         finally:
