@@ -276,3 +276,22 @@ def _find_python(minor: int) -> str | None:
         if path and subprocess.run([path, "-c", ""], capture_output=True).returncode == 0:
             return path
     return None
+
+
+def test_pyarrow_missing_on_executors_is_an_environment_error(script: Script) -> None:
+    base = getattr(sys, "_base_executable", sys.executable)
+    if subprocess.run([base, "-c", "import pyarrow"], capture_output=True).returncode == 0:
+        pytest.skip("the base interpreter has pyarrow")
+    done = script(
+        """
+        try:
+            run_cell(spark, "len(ctx.get_data_feed().next_batch(5))", 2, data={"train": spark.range(10)})
+        except TfosError as error:
+            print(type(error).__name__, error)
+        assert not ours(), ours()
+        """,
+        env={"PYSPARK_PYTHON": base},
+    )
+    assert "EnvironmentMismatchError" in done.stdout
+    assert "'pyarrow'" in done.stdout
+    assert "PYSPARK_PYTHON" in done.stdout

@@ -9,16 +9,20 @@ Runs on: driver. No locks of its own: the cluster that owns the feeds calls unde
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tfos_magic.errors import DataError, FeedError, TfosError
+from tfos_magic.errors import DataError, EnvironmentMismatchError, FeedError, TfosError
 from tfos_magic.failures import python_reason
 from tfos_magic.feed.staging import QUEUE_LIMIT_BYTES
 from tfos_magic.jobs import SparkJob
 from tfos_magic.members import Member
 from tfos_magic.rendezvous import Peer
+
+_MISSING_MODULE = re.compile(r"No module named '([\w.]+)'")
 
 
 @dataclass
@@ -147,14 +151,27 @@ class Delivery:
                 member.send({"type": "feed_end", "feed": self.name, "rows_per_node": self._rows})
 
 
-def _spark_error(name: str, error: Exception) -> FeedError:
-    feed_error = FeedError(
-        f"Spark failed while it delivered {name!r}: {python_reason(str(error)) or type(error).__name__}",
-        cause="Spark could not compute the DataFrame, or a node went away.",
-        hint="Compute it alone: df.count() raises the same error if it is the DataFrame's.",
-    )
-    feed_error.__cause__ = error
-    return feed_error
+def _spark_error(name: str, error: Exception) -> TfosError:
+    reason = python_reason(str(error)) or type(error).__name__
+    missing = _MISSING_MODULE.search(reason)
+    found: TfosError
+    if missing is not None:
+        found = EnvironmentMismatchError(
+            f"Spark failed while it delivered {name!r}: the executors' Python has no module {missing[1]!r}.",
+            cause="Rows come as Arrow data: Spark's workers need pyarrow for it, as for every pandas UDF."
+            if missing[1] == "pyarrow"
+            else "The DataFrame's or the RDD's own functions import it.",
+            hint="Install it there, or name an interpreter that has it before the session is made, e.g. this one: "
+            f"os.environ['PYSPARK_PYTHON'] = {sys.executable!r}.",
+        )
+    else:
+        found = FeedError(
+            f"Spark failed while it delivered {name!r}: {reason}",
+            cause="Spark could not compute the DataFrame, or a node went away.",
+            hint="Compute it alone: df.count() raises the same error if it is the DataFrame's.",
+        )
+    found.__cause__ = error
+    return found
 
 
 def _came_differently(name: str, partition: int) -> str:
