@@ -248,6 +248,7 @@ def test_two_runs_at_once_do_not_meet(spark_local4: Any) -> None:
     assert values == {1: [1], 2: [2]}
 
 
+@pytest.mark.slow
 def test_the_function_sees_modules_that_addpyfile_brought(spark_script: Script, tmp_path: Any) -> None:
     (tmp_path / "brought_along.py").write_text("ANSWER = 42\n")
     code = f"""

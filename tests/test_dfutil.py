@@ -122,6 +122,7 @@ def test_without_hints_the_types_are_tfoss(spark_local4: Any, tmp_path: Path) ->
     assert loaded.first()["fls"] == 0.5  # one value: TFoS cannot know that it was an array
 
 
+@pytest.mark.slow
 def test_every_partition_is_a_file_and_every_file_a_partition(spark_local4: Any, tmp_path: Path) -> None:
     df = spark_local4.range(0, 100_000, 1, 7).selectExpr("id", "if(id % 3 = 0, null, concat('s', id)) s")
     dfutil.saveAsTFRecords(df, str(tmp_path / "o"))
@@ -377,6 +378,7 @@ def test_a_commit_that_fails_takes_back_what_it_has_named(spark_local4: Any, tmp
     assert sorted(os.listdir(path)) == ["_SUCCESS", "part-00000"]
 
 
+@pytest.mark.slow
 def test_a_task_that_is_tried_again_leaves_one_complete_file(spark_script: Script, tmp_path: Path) -> None:
     code = """
         import os, sys
@@ -407,6 +409,7 @@ def test_a_task_that_is_tried_again_leaves_one_complete_file(spark_script: Scrip
     assert sorted(os.listdir(tmp_path / "o")) == ["_SUCCESS", *(f"part-0000{part}" for part in range(3))]
 
 
+@pytest.mark.slow
 def test_executors_need_not_have_the_package(spark_script: Script, tmp_path: Path) -> None:
     site = sysconfig.get_paths()["purelib"]
     bare = tmp_path / "python"  # -S: an editable installation is found by what site-packages' .pth files start

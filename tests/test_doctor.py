@@ -487,6 +487,7 @@ time.sleep(60)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["killed", "forked"])
 def test_it_does_not_outlive_the_notebook(how: str) -> None:
     owner = subprocess.Popen(

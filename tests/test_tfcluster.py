@@ -371,6 +371,7 @@ def test_killed_feed_tasks_deliver_no_row_twice_and_lose_none(spark_script: Any,
 # --- errors and ends --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_failing_node_ends_the_feed_with_its_own_error_and_not_the_next_cluster(spark_local4: Any) -> None:
     def fails(args: Any, ctx: Any) -> None:
         ctx.get_data_feed().next_batch(10)
