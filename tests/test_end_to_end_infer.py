@@ -90,7 +90,7 @@ def test_predictions_in_a_notebook(notebook: Notebook, tmp_path: Path) -> None:
     # Stopped: the frame says so, and nothing else is there to stop.
     assert value_of(notebook, "%tfos_stop preds") == "preds: 2 nodes stopped."
     wait_until_gone()
-    assert value_of(notebook, "%tfos_stop") == "Nothing to stop: no nodes wait for questions."
+    assert value_of(notebook, "%tfos_stop") == "Nothing to stop: nothing runs, and no nodes wait for questions."
     assert "The nodes that were to answer do not" in notebook.run("preds.collect()").traceback
 
     # A function of the notebook, computed and written at once.
@@ -135,7 +135,7 @@ def test_what_goes_wrong_is_shown_with_the_cell_s_lines_and_leaves_nothing(noteb
     watching = "next((t.join() for t in threading.enumerate() if t.name == 'tfos_magic watch'), None)"
     later = notebook.run(f"import threading\n{watching}").text  # it may say what it knows in the next cell only
     assert re.search(r"Cell In\[\d+\], line 4, in predict\n.*\nValueError: no 500", action.text + later)
-    assert value_of(notebook, "%tfos_stop") == "Nothing to stop: no nodes wait for questions."
+    assert value_of(notebook, "%tfos_stop") == "Nothing to stop: nothing runs, and no nodes wait for questions."
 
     # ■ while the nodes load, and --timeout.
     slow = "%%tfos_infer -n 2 --data df --out preds{}\nimport time\ntime.sleep(300)\nlambda batch: batch['id']"

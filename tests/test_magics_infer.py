@@ -160,15 +160,15 @@ def test_stop_ends_all_or_the_one_that_is_named(shell: TestingShell, services: F
     assert shell.output_of("%tfos_stop b").stdout == "b: 2 nodes stopped.\n"
     assert open_names(services) == [True, False, True]
     assert shell.output_of("%tfos_stop").stdout == "a: 2 nodes stopped.\nc: 2 nodes stopped.\n"
-    assert shell.output_of("%tfos_stop").stdout == "Nothing to stop: no nodes wait for questions.\n"
-    assert shell.output_of("%tfos_stop a").stdout == "Nothing to stop: no nodes wait for questions.\n"
+    assert shell.output_of("%tfos_stop").stdout == "Nothing to stop: nothing runs, and no nodes wait for questions.\n"
+    assert shell.output_of("%tfos_stop a").stdout == "Nothing to stop: nothing runs, and no nodes wait for questions.\n"
 
 
 def test_a_name_that_nobody_has_is_a_mistake_while_there_are_others(shell: TestingShell) -> None:
     shell.cell(CELL)
-    fact = "%tfos_stop prds: no nodes wait under this name. Did you mean 'preds'?"
+    fact = "%tfos_stop prds: nothing runs or waits under this name. Did you mean 'preds'?"
     assert str(shell.error_of("%tfos_stop prds").error) == fact
-    fact = "%tfos_stop x: no nodes wait under this name. There are: preds."
+    fact = "%tfos_stop x: nothing runs or waits under this name. There are: preds."
     assert str(shell.error_of("%tfos_stop preds x").error) == fact
     assert shell.output_of("%tfos_stop").stdout == "preds: 2 nodes stopped.\n"
 

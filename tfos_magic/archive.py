@@ -27,7 +27,18 @@ from typing import Any
 _COMPANIONS = ("cloudpickle", "pynvml")
 # Spark broadcasts what is larger than 1 MiB; so nothing travels in vain.
 _LEFT_OUT = frozenset(
-    {"arguments", "completion", "doctor", "doctor_magic", "dry_run", "magics", "notebook", "standing", "widgets"}
+    {
+        "arguments",
+        "completion",
+        "doctor",
+        "doctor_magic",
+        "dry_run",
+        "magics",
+        "notebook",
+        "runs_magic",
+        "standing",
+        "widgets",
+    }
 )
 """Modules and folders of the notebook's side, and the doctor, who sends what he needs there himself."""
 _SOURCE_ONLY = frozenset(

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from tfos_magic import session, tasks
 from tfos_magic.briefing import Briefing
-from tfos_magic.errors import RunInterrupted, RunTimeoutError, TfosError
+from tfos_magic.errors import RunInterrupted, RunStoppedError, RunTimeoutError, TfosError
 from tfos_magic.failures import Failure, describe_launch_error, error_of, root_of
 from tfos_magic.feed.prepare import prepare
 from tfos_magic.feeding import Delivery
@@ -64,6 +64,7 @@ def run(
     on_event: Callable[[Event], None] | None = None,
     cell_names: Mapping[str, str] | None = None,
     board: StatusBoard | None = None,
+    stop: threading.Event | None = None,
 ) -> RunResult:
     """Run the packed function on a cluster of its own and return what came of it.
 
@@ -82,20 +83,22 @@ def run(
         File name of a compiled cell → what tracebacks call it.
     board : StatusBoard, optional
         Where the result's logs and history come from; one of its own by default.
+    stop : threading.Event, optional
+        Set by another thread, at any time, it ends the run.
 
     Raises
     ------
     TfosError
-        One of :mod:`tfos_magic.errors`, after everything has been stopped.
+        One of :mod:`tfos_magic.errors`, after everything has been stopped. RunStoppedError after `stop`, unless the
+        run had failed before, or all nodes have returned: then the failure, or the result, stands.
     KeyboardInterrupt
         Likewise.
     """
     board = board or StatusBoard()
     notify = functools.partial(_tell, [board.apply] + ([on_event] if on_event not in (None, board.apply) else []))
-    cluster = Cluster(spark, payload, options, on_event=notify, cell_names=cell_names or {})
-    columns = options.features, options.label, options.weight
+    cluster = Cluster(spark, payload, options, on_event=notify, cell_names=cell_names or {}, stop=stop)
     try:
-        frames = {name: prepare(frame, *columns) for name, frame in (data or {}).items()}
+        frames = _prepared(options, data or {})
         cluster.start(feeds=tuple(frames))
         for name, frame in frames.items():
             cluster.feed(name, frame)
@@ -106,13 +109,40 @@ def run(
         cluster.abandon("stopped", what)
         raise RunInterrupted(what) from None
     except TfosError as error:
-        cluster.abandon("failed", error.headline)
+        cluster.abandon("stopped" if isinstance(error, RunStoppedError) else "failed", error.headline)
         raise
     except BaseException as error:
         cluster.abandon("failed", f"{type(error).__name__}: {error}")
         raise
     notify(RunEnded("done"))
     return cluster.result(board)
+
+
+def check(spark: Any, options: RunOptions, data: Mapping[str, DataFrame]) -> None:
+    """Raise what :func:`run` would find wrong before it starts anything, as far as that needs no waiting.
+
+    Raises
+    ------
+    UsageError, DataError
+        A column.
+    TooFewSlotsError
+        There never will be enough: in local mode, or with the limits of dynamic allocation. Elsewhere executors may
+        still be registering, and only the run itself can wait for them.
+    """
+    context = session.as_session(spark).sparkContext
+    _prepared(options, data)
+    if session.is_local(context) or session.is_dynamic(context):
+        nodes = [Member(index, role, _ignore) for index, role in enumerate(options.roles())]
+        Launch(context, options, nodes).require_slots(_ignore, is_fed=bool(data))
+
+
+def _prepared(options: RunOptions, data: Mapping[str, DataFrame]) -> dict[str, DataFrame]:
+    columns = options.features, options.label, options.weight
+    return {name: prepare(frame, *columns) for name, frame in data.items()}
+
+
+def _ignore(event: Event) -> None:
+    """Nobody listens yet."""
 
 
 def _tell(listeners: Sequence[Callable[[Event], None]], event: Event) -> None:
@@ -137,6 +167,7 @@ class Cluster:
         on_event: Callable[[Event], None],
         cell_names: Mapping[str, str],
         queues: Sequence[str] = (),
+        stop: threading.Event | None = None,
     ) -> None:
         self._spark = session.as_session(spark)
         self._context = self._spark.sparkContext
@@ -153,6 +184,7 @@ class Cluster:
         self._queue_names = tuple(queues)
         self._failures: list[Failure] = []
         self._is_closing = False
+        self._stop = stop or threading.Event()
         self._closed = threading.Event()
         self.changed = threading.Condition()
         self._server: RendezvousServer | None = None
@@ -210,7 +242,7 @@ class Cluster:
         TooFewSlotsError, RendezvousError, EnvironmentMismatchError, NodeError
         """
         self._briefing = Briefing(self._options, self._nodes, feeds, self._queue_names)
-        self._launch.require_slots(self._emit, is_fed=bool(feeds or self._queue_names))
+        self._launch.require_slots(self._emit_unless_stopped, is_fed=bool(feeds or self._queue_names))
         bind, host = session.driver_address(self._context)
         self._server = RendezvousServer(bind, self._secret, self._on_message, self._on_close)
         config = {
@@ -357,9 +389,10 @@ class Cluster:
 
     def _note(self, failure: Failure) -> bool:
         """Keep a failure; what fails once the end has begun is the end's own doing and does not count."""
-        if not self._is_closing:
+        is_ending = self._is_closing or self._stop.is_set()
+        if not is_ending:
             self._failures.append(failure)
-        return not self._is_closing
+        return not is_ending
 
     # --- wait ---------------------------------------------------------------------------------------------
 
@@ -407,6 +440,8 @@ class Cluster:
             The root failure, if the run fails meanwhile.
         RunTimeoutError
             `timeout_s`, or the run's own timeout, has passed.
+        RunStoppedError
+            The run's stop was set.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         with self.changed:
@@ -415,6 +450,7 @@ class Cluster:
                     return
                 if self._failures:
                     raise self._root_error()
+                self._check_stop()
                 if deadline is not None and time.monotonic() > deadline:
                     raise RunTimeoutError(
                         f"{purpose} took more than {timeout_s:g} s.",
@@ -422,7 +458,15 @@ class Cluster:
                         hint="The executors' stderr (Spark UI) says what they do.",
                     )
                 self._check_time()
-                self.changed.wait(0.25)  # short, so that the run's own timeout is kept
+                self.changed.wait(0.25)  # short, so that the run's own timeout is kept, and a stop heard
+
+    def _check_stop(self) -> None:
+        if self._stop.is_set():
+            raise RunStoppedError(f"The run was stopped after {self.elapsed_s:.0f} s.")
+
+    def _emit_unless_stopped(self, event: Event) -> None:
+        self._check_stop()
+        self._emit(event)
 
     def _check_time(self) -> None:
         limit = self._options.timeout_s
@@ -525,4 +569,4 @@ def plan(spark: Any, options: RunOptions) -> list[str]:
     ]
 
 
-__all__ = ["Cluster", "RunOptions", "modules_to_preload", "plan", "run"]
+__all__ = ["Cluster", "RunOptions", "check", "modules_to_preload", "plan", "run"]

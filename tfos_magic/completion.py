@@ -20,6 +20,7 @@ _CHOOSERS: Mapping[str, arguments.Chooser] = {
     "--args": arguments.names_of_arguments,
     "--mode": lambda _: list(arguments.SAVE_MODES),
 }
+_NO_RUNS: Mapping[str, Sequence[str]] = {}
 _RUNNABLE: Mapping[str, arguments.Chooser] = {
     "tfos_train": arguments.names_of_functions,
     "tfos_infer": arguments.names_of_predictors,
@@ -27,7 +28,13 @@ _RUNNABLE: Mapping[str, arguments.Chooser] = {
 }
 
 
-def choices(text: str, token: str, namespace: Mapping[str, Any], standing: Sequence[str] = ()) -> list[str] | None:
+def choices(
+    text: str,
+    token: str,
+    namespace: Mapping[str, Any],
+    standing: Sequence[str] = (),
+    runs: Mapping[str, Sequence[str]] = _NO_RUNS,
+) -> list[str] | None:
     """Return what may stand in place of `token`; None when the line is none of our magics.
 
     Parameters
@@ -40,6 +47,8 @@ def choices(text: str, token: str, namespace: Mapping[str, Any], standing: Seque
         The notebook's globals.
     standing : sequence of str
         What ``%tfos_stop`` can stop.
+    runs : mapping of str to sequence of str
+        Name of each run, the last one last → its nodes.
     """
     match = _LINE.match(text)
     if match is None:
@@ -49,12 +58,34 @@ def choices(text: str, token: str, namespace: Mapping[str, Any], standing: Seque
         found = [*arguments.NAMEDTUPLE_ACTIONS, *arguments.NAMEDTUPLE_OPTIONS]
     elif magic == "tfos_stop":
         found = list(standing)
+    elif magic == "tfos_status":
+        found = [*runs]
+    elif magic == "tfos_logs":
+        found = _of_logs(match["rest"], token, runs)
     elif magic in arguments.PARSERS:
         chooser = _RUNNABLE[magic] if match["percent"] == "%" else None
         found = _options_and_names(magic, match["rest"], chooser, namespace)
     else:
         return None
     return [each for each in found if each.startswith(token)]
+
+
+def _of_logs(rest: str, token: str, runs: Mapping[str, Sequence[str]]) -> list[str]:
+    before, _, current = rest.rpartition(" ")
+    if re.search(r"--run[ =]+$", rest.removesuffix(token)):
+        return [*runs]
+    words = before.split()
+    actions = arguments.option_strings("tfos_logs")
+    if words and words[-1] in actions and actions[words[-1]].nargs != 0:
+        return []
+    unused = [text for text in actions if text not in words and text.startswith("--")]
+    if current.startswith("-"):
+        return unused
+    named = re.search(r"--run[ =]+(\S+)", rest)
+    nodes = runs.get(named[1], ()) if named else next(reversed([*runs.values()]), ())
+    # The completer takes a node's name for two words, with the colon between them.
+    typed = len(current) - len(token)
+    return [*(name[typed:] for name in nodes if name.startswith(current)), *([] if current else unused)]
 
 
 def _options_and_names(

@@ -21,7 +21,8 @@ NodeKilledError                 a node's process was killed by a signal
 NodeLostError                   an executor or its machine went away
 StalledError                    nodes wait for each other and can never go on
 RunTimeoutError                 ``--timeout`` passed
-RunStoppedError                 somebody stopped the run's Spark job
+StillRunningError               a background run has no result yet; it goes on
+RunStoppedError                 somebody stopped the run, or its Spark job
 RunInterrupted                  the notebook was interrupted (■); a KeyboardInterrupt, not a TfosError
 ResultError                     a node's return value could not be brought to the driver
 ==============================  =========================================================================
@@ -151,6 +152,10 @@ class StalledError(TfosError):
 
 class RunTimeoutError(TfosError):
     """The run took longer than its ``timeout``."""
+
+
+class StillRunningError(TfosError, TimeoutError):
+    """A background run has no result yet, or not in the time that was given; it goes on."""
 
 
 class RunStoppedError(TfosError):

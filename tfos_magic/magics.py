@@ -11,6 +11,7 @@ Runs on: notebook. With ``notebook`` and ``widgets`` the only module that knows 
         ▼ cluster.run                    inference.Inference      both inside widgets.LiveBoard
     RunResult ──► --out NAME         DataFrame ──► --out NAME     its nodes stand until %tfos_stop
                   or the cell's value
+    --background: background.BackgroundRun at once, and all that follows beside the notebook
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import importlib
 import importlib.metadata
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
@@ -36,7 +38,8 @@ from tfos_magic.cell import CellFunction, has_trailing_semicolon
 from tfos_magic.doctor_magic import DoctorMagic
 from tfos_magic.errors import TfosError, UsageError
 from tfos_magic.notebook import Notebook
-from tfos_magic.standing import StandingInferences, Stopped
+from tfos_magic.runs_magic import RunsMagic, count_nodes, raise_errors, tell_errors
+from tfos_magic.standing import StandingInferences
 from tfos_magic.status import RunPlanned, StatusBoard
 
 if TYPE_CHECKING:
@@ -53,6 +56,8 @@ _MAGICS = {
     "tfos_train": "line_cell",
     "tfos_infer": "line_cell",
     "tfos_doctor": "line_cell",
+    "tfos_logs": "line",
+    "tfos_status": "line",
     "tfos_stop": "line",
     "tfos_namedtuple": "line",
 }
@@ -95,7 +100,7 @@ class Services:
 
 
 class Extension:
-    """All that is put into one shell, and the inferences that stand in it.
+    """All that is put into one shell, and what goes on in it beside the cells: runs, and inferences that stand.
 
     Parameters
     ----------
@@ -108,6 +113,7 @@ class Extension:
         self._services = services
         self._notebook = Notebook(shell)
         self._standing = StandingInferences()
+        self._runs = RunsMagic(shell, services, self._standing)
         self._clean_jobs: CleanJobs = services.namedtuple_jobs.CleanJobs()
         self._doctor = DoctorMagic(shell, self._notebook, services)
 
@@ -125,7 +131,7 @@ class Extension:
         print(f"tfos_magic {tfos_magic.__version__}: {_versions()}; {report.summary}; {self._describe_session()}")
 
     def unload(self) -> None:
-        """Take back what :meth:`load` did, and end what stands."""
+        """Take back what :meth:`load` did, and end what goes on."""
         manager = self._shell.magics_manager
         for name in _MAGICS:
             manager.magics["line"].pop(name, None)
@@ -140,7 +146,7 @@ class Extension:
         self._doctor.close()
         self._clean_jobs.close()
         self._services.namedtuple_patch.restore()
-        _tell_errors(self._standing.stop(self._standing.names))
+        self._runs.stop_all()
         if contexts := self._clean_jobs.touched():
             for problem in self._services.namedtuple_session.restore_workers(contexts):
                 print(f"The namedtuple patch could not be put back in all Python workers. {problem}", file=sys.stderr)
@@ -181,23 +187,44 @@ class Extension:
 
     @no_var_expand
     def tfos_stop(self, line: str) -> None:
-        """End the nodes that wait for questions: those of one DataFrame, or all.
+        """End what goes on beside the cells: background runs, and nodes that wait for questions; one, or all.
 
         %tfos_stop [NAME]
 
-        NAME is what %%tfos_infer --out has called the DataFrame. It cannot be computed again after that; what has been
-        computed from it stays. Nodes also end with %unload_ext tfos_magic, with the kernel, and when %%tfos_infer --out
-        gives the same NAME to another DataFrame.
+        NAME of a run is that of %%tfos_train --background --out, or the one it got (run1). Its wait() and result() say
+        that it was stopped. NAME of a DataFrame is that of %%tfos_infer --out. It cannot be computed again after that;
+        what has been computed from it stays.
+        Nodes also end with %unload_ext tfos_magic, with the kernel, and when %%tfos_infer --out gives the same NAME to
+        another DataFrame.
         """
         with _help_on_request():
             words = arguments.split(line)
             if "--help" in words or "-h" in words:
                 raise HelpRequestedError(inspect.getdoc(self.tfos_stop))
-            stopped = self._standing.stop(self._names_to_stop(words))
-            for each in stopped:
-                if each.error is None:
-                    print(f"{each.name}: {_nodes(each.num_nodes)} stopped.")
-            _raise_errors(stopped)
+            self._runs.stop(words)
+
+    @no_var_expand
+    def tfos_status(self, line: str) -> None:
+        """Show the boards of this notebook's runs, and which nodes wait for questions; of all, or of one.
+
+        %tfos_status [NAME]
+
+        NAME is that of --out, or the one that the run got (run1). The board of a run that goes on in the background is
+        live; the one in the run's own cell goes on as well. Of the runs that have ended the last three are kept.
+        """
+        with _help_on_request():
+            words = arguments.split(line)
+            if "--help" in words or "-h" in words:
+                raise HelpRequestedError(inspect.getdoc(self.tfos_status))
+            self._runs.show(words)
+
+    @no_var_expand
+    def tfos_logs(self, line: str) -> None:
+        """Print what nodes wrote; the parser's help text takes this one's place."""
+        with _help_on_request():
+            self._runs.print_logs(line, self._notebook.namespace)
+
+    tfos_logs.__doc__ = arguments.logs_parser().format_help()
 
     @no_var_expand
     def tfos_namedtuple(self, line: str) -> None:
@@ -258,7 +285,11 @@ class Extension:
     def match(self, context: CompletionContext) -> SimpleMatcherResult:
         """Complete options and names on the lines of our magics."""
         found = completion.choices(
-            context.text_until_cursor, context.token, self._notebook.namespace, standing=self._standing.names
+            context.text_until_cursor,
+            context.token,
+            self._notebook.namespace,
+            standing=self._runs.stoppable,
+            runs=self._runs.nodes_of_runs,
         )
         completions = [
             SimpleCompletion(text, type="param" if text.startswith("-") else "instance") for text in found or ()
@@ -268,6 +299,7 @@ class Extension:
     # --- training ---
 
     def _train(self, wanted: TrainLine, cell: str | None) -> Any:
+        self._runs.require_free(wanted.out, is_background=wanted.is_background)
         function = self._function(wanted, cell)
         # A body knows nothing of parameter servers: they serve, and the chief runs it. A function of (args, ctx)
         # follows TensorFlowOnSpark, and looks at ctx.job_name itself.
@@ -279,22 +311,31 @@ class Extension:
         result = self._run(wanted, *planned)
         if wanted.out:
             self._notebook.namespace[wanted.out] = result
-        is_silent = wanted.out or wanted.is_quiet or has_trailing_semicolon(cell or "")
-        return None if is_silent else result
+        # A handle is worth having under any circumstances, and is a line; its board stands above it.
+        is_silent = not wanted.is_background and (wanted.out or wanted.is_quiet)
+        return None if is_silent or has_trailing_semicolon(cell or "") else result
 
     def _run(self, wanted: TrainLine, payload: Payload, options: RunOptions) -> Any:
+        """Return the result, or the handle of a run in the background."""
         frames = {"train": wanted.data, "validation": wanted.validation}
+        data = {name: frame for name, frame in frames.items() if frame is not None}
         spark = self._session(wanted)
+        cell_names = self._notebook.cell_names(payload)
+        name = self._runs.runs.name_for(wanted.out)
+        if wanted.is_background:
+            options = dataclasses.replace(options, title=f"{name}: {options.title}")
+            self._services.cluster.check(spark, options, data)
         board = _board(options)
-        with self._services.widgets.LiveBoard(board, self._shell, quiet=wanted.is_quiet):
-            return self._services.cluster.run(
-                spark,
-                payload,
-                options,
-                data={name: frame for name, frame in frames.items() if frame is not None},
-                board=board,
-                cell_names=self._notebook.cell_names(payload),
-            )
+        run = functools.partial(
+            self._services.cluster.run, spark, payload, options, data=data, board=board, cell_names=cell_names
+        )
+        if wanted.is_background:
+            return self._runs.start(name, board, lambda stop: run(stop=stop), quiet=wanted.is_quiet)
+        with (
+            self._runs.runs.recorded(name, board),
+            self._services.widgets.LiveBoard(board, self._shell, quiet=wanted.is_quiet),
+        ):
+            return run()
 
     # --- inference ---
 
@@ -307,13 +348,14 @@ class Extension:
         self._notebook.namespace[wanted.out] = self._predict(wanted, *planned)
         if wanted.save is None:
             waits, them = ("waits", "it") if wanted.executors == 1 else ("wait", "them")
-            what = f"{_nodes(wanted.executors)} {waits} for questions"
+            what = f"{count_nodes(wanted.executors)} {waits} for questions"
             print(f"{wanted.out} is ready: {what}; %tfos_stop {wanted.out} ends {them}.")
         else:
             print(f"{wanted.out} is saved, and read from {wanted.save}; the nodes have ended.")
 
     def _make_place(self, wanted: InferLine) -> None:
         """End the nodes of the DataFrame that has had the name so far: their slots are needed."""
+        self._runs.require_free(wanted.out)
         before = self._standing.find(wanted.out)
         if before is not None and before.frame is wanted.data:
             raise UsageError(
@@ -321,8 +363,8 @@ class Extension:
                 hint="Choose another name for the result, or --save the first DataFrame.",
             )
         stopped = self._standing.stop([wanted.out])
-        _raise_errors([each for each in stopped if isinstance(each.error, KeyboardInterrupt)])
-        _tell_errors(stopped)
+        raise_errors([each for each in stopped if isinstance(each.error, KeyboardInterrupt)])
+        tell_errors(stopped)
 
     def _predict(self, wanted: InferLine, payload: Payload, options: RunOptions) -> Any:
         """Return the DataFrame: lazy, its nodes standing; or the saved one."""
@@ -346,17 +388,6 @@ class Extension:
         except BaseException:  # an interrupt may come at any time, also when all was ready
             self._standing.stop([wanted.out])
             raise
-
-    def _names_to_stop(self, words: Sequence[str]) -> Sequence[str]:
-        names = self._standing.names
-        if not names:
-            print("Nothing to stop: no nodes wait for questions.")
-            return ()
-        unknown = [word for word in words if word not in names]
-        if unknown:
-            known = arguments.did_you_mean(unknown[0], names) or f" There are: {', '.join(names)}."
-            raise UsageError(f"%tfos_stop {unknown[0]}: no nodes wait under this name.{known}")
-        return list(dict.fromkeys(words)) or names
 
     # --- what both have ---
 
@@ -395,7 +426,7 @@ class Extension:
                 **{name: value for name, value in vars(wanted).items() if name in known},
                 "num_nodes": wanted.executors,
                 "preload": self._services.cluster.modules_to_preload(payload),
-                "title": f"{wanted.function or self._notebook.label} on {_nodes(wanted.executors)}",
+                "title": f"{wanted.function or self._notebook.label} on {count_nodes(wanted.executors)}",
                 **more,
             }
         )
@@ -438,30 +469,11 @@ def _help_on_request() -> Iterator[None]:
         print(request)
 
 
-def _tell_errors(stopped: Sequence[Stopped]) -> None:
-    for each in stopped:
-        if each.error is not None:
-            what = str(getattr(each.error, "headline", each.error))
-            print(f"{each.name}: stopped, with an error: {what}", file=sys.stderr)
-
-
-def _raise_errors(stopped: Sequence[Stopped]) -> None:
-    """Raise the first error; those after it are told, in a line each."""
-    failed = [each for each in stopped if each.error is not None]
-    _tell_errors(failed[1:])
-    if failed:
-        raise cast(BaseException, failed[0].error)
-
-
 def _board(options: RunOptions) -> StatusBoard:
     """Return a board that has its title from the first frame on."""
     board = StatusBoard()
     board.apply(RunPlanned(options.title, ()))
     return board
-
-
-def _nodes(count: int) -> str:
-    return "1 node" if count == 1 else f"{count} nodes"
 
 
 def _versions() -> str:

@@ -7,7 +7,7 @@ Runs on: notebook.
         ▼ parsers       argparse: which option has which text
         ▼ expressions   {expr} and $name, option by option, in the notebook's namespace
         ▼ values        numbers, durations, names; ranges checked
-    lines: TrainLine, InferLine; doctor: DoctorLine
+    lines: TrainLine, InferLine; doctor: DoctorLine; runs: LogsLine
 
 **What is expanded.** In options that take text or a number, ``{expr}`` and ``$name`` stand for the value of a Python
 expression; alone they keep its type (``--features {columns}`` may be a list), inside text they become ``str(value)``.
@@ -45,7 +45,15 @@ from tfos_magic.arguments.names import (
     names_of_predictors,
     names_of_sessions,
 )
-from tfos_magic.arguments.parsers import PARSERS, doctor_parser, infer_parser, option_strings, train_parser
+from tfos_magic.arguments.parsers import (
+    PARSERS,
+    doctor_parser,
+    infer_parser,
+    logs_parser,
+    option_strings,
+    train_parser,
+)
+from tfos_magic.arguments.runs import LogsLine, parse_logs, parse_names
 from tfos_magic.arguments.values import parse_duration
 from tfos_magic.arguments.words import split
 
@@ -59,6 +67,7 @@ __all__ = [
     "HelpRequestedError",
     "InferLine",
     "Line",
+    "LogsLine",
     "NamedtupleLine",
     "TrainLine",
     "columns_of",
@@ -66,6 +75,7 @@ __all__ = [
     "doctor_parser",
     "expand",
     "infer_parser",
+    "logs_parser",
     "names_of_all",
     "names_of_arguments",
     "names_of_frames",
@@ -76,7 +86,9 @@ __all__ = [
     "parse_doctor",
     "parse_duration",
     "parse_infer",
+    "parse_logs",
     "parse_namedtuple",
+    "parse_names",
     "parse_train",
     "split",
     "train_parser",

@@ -57,6 +57,7 @@ class TrainLine(Line):
     weight: str | None = None
     shuffle: bool = True
     seed: int | None = None
+    is_background: bool = False
     ps: int = 0
     chief: bool = True
     evaluator: bool = False
@@ -103,6 +104,7 @@ def parse_train(line: str, namespace: Mapping[str, Any]) -> TrainLine:
         shuffle=not given.no_shuffle,
         seed=None if given.seed is None else values.integer("seed", 0, least=0),
         out=values.variable("out"),
+        is_background=given.background,
         ps=values.integer("ps", 0, least=0),
         chief=given.chief,
         evaluator=given.evaluator,

@@ -65,6 +65,17 @@ example:
   %tfos_doctor {"model": model, "rows": rows[:10]} --executors --out diagnosis"""
 
 
+_LOGS = """\
+Print what the nodes of a run wrote to stdout and stderr: of all nodes, of NODE (worker:1), or of a role (worker).
+
+The driver keeps the last 2,000 lines of each node."""
+
+_LOGS_EXAMPLE = """\
+example:
+  %tfos_logs worker:1 --tail 100
+  %tfos_logs --grep 'loss|nan' --run run1"""
+
+
 class _Parser(argparse.ArgumentParser):
     """An argparse parser that neither prints nor exits."""
 
@@ -89,6 +100,7 @@ def train_parser() -> argparse.ArgumentParser:
     add("--seed", metavar="N", help="makes shuffling repeatable")
     _add_args(parser)
     add("--out", metavar="NAME", help="bind the result to this name")
+    add("--background", action="store_true", help="return at once: the result is a handle with wait() and stop()")
     add("--ps", metavar="K", help="K of the nodes are parameter servers")
     chief = argparse.BooleanOptionalAction
     add("--chief", action=chief, default=True, help="node 0 is the chief (default), or a worker")
@@ -128,6 +140,19 @@ def doctor_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def logs_parser() -> argparse.ArgumentParser:
+    """Return the parser of ``%tfos_logs``."""
+    parser = _begin("tfos_logs", "[NODE] [options]", _LOGS, _LOGS_EXAMPLE)
+    parser.usage = "%%tfos_logs [NODE] [options]"
+    add = parser.add_argument
+    add("node", nargs="?", metavar="NODE", help="a node or a role (default: all nodes)")
+    add("--run", metavar="NAME", help="the run (default: the last one)")
+    add("--tail", metavar="N", help="so many lines of each node (default 20)")
+    add("--grep", metavar="RE", help="only lines in which this regular expression is found; in quotes")
+    add("--help", "-h", action="store_true", help="this text")
+    return parser
+
+
 def _begin(name: str, usage: str, description: str, epilog: str) -> argparse.ArgumentParser:
     return _Parser(
         f"%%{name}",
@@ -157,7 +182,12 @@ def _add_the_rest(parser: argparse.ArgumentParser) -> None:
     add("--help", "-h", action="store_true", help="this text")
 
 
-PARSERS = {"tfos_train": train_parser, "tfos_infer": infer_parser, "tfos_doctor": doctor_parser}
+PARSERS = {
+    "tfos_train": train_parser,
+    "tfos_infer": infer_parser,
+    "tfos_doctor": doctor_parser,
+    "tfos_logs": logs_parser,
+}
 """The name of each magic with options → what makes its parser."""
 
 

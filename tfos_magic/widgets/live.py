@@ -32,6 +32,7 @@ from tfos_magic.widgets.html import one_line_html, render_html
 from tfos_magic.widgets.text import one_line, render_text
 
 if TYPE_CHECKING:
+    from IPython.core.displaypub import DisplayPublisher
     from IPython.core.interactiveshell import InteractiveShell
 
 _log = logging.getLogger(__name__)
@@ -64,12 +65,20 @@ class CellOutput:
 
     def __init__(self, shell: InteractiveShell) -> None:
         self._shell = shell
+        # The cell's own, for as long as it is drawn: under %%capture, cells have others, and a run in the background
+        # is drawn while they run.
+        self._publisher = shell.display_pub
         self._display_id = uuid.uuid4().hex
         self._shown: dict[str, str] = {}
 
     def open(self, view: BoardView) -> None:
         """Make the output."""
         self._publish(_frame(view), update=False)
+
+    def again(self, view: BoardView) -> None:
+        """Show it in the cell that runs now, too: what has one display id is updated together."""
+        self._shown = _frame(view)
+        publish(self._shell.display_pub, self._shown, display_id=self._display_id)
 
     def update(self, view: BoardView) -> float:
         """Replace the output by a new frame, unless it would look the same."""
@@ -84,14 +93,14 @@ class CellOutput:
         self._publish(static_bundle(view, logs), update=bool(self._shown))
 
     def _publish(self, bundle: dict[str, str], *, update: bool) -> None:
-        _publish(self._shell, bundle, display_id=self._display_id, update=update)
+        publish(self._publisher, bundle, display_id=self._display_id, update=update)
         self._shown = bundle
 
 
-def _publish(shell: InteractiveShell, bundle: dict[str, str], *, display_id: str = "", update: bool = False) -> None:
-    # What IPython.display.display does with raw=True; looked up each time, since %%capture swaps the publisher.
+def publish(publisher: DisplayPublisher, bundle: dict[str, str], *, display_id: str = "", update: bool = False) -> None:
+    """Do what ``IPython.display.display`` does with ``raw=True``, with this publisher."""
     transient = {"display_id": display_id} if display_id else {}
-    shell.display_pub.publish(data=bundle, metadata={}, transient=transient, update=update)
+    publisher.publish(data=bundle, metadata={}, transient=transient, update=update)
 
 
 def _frame(view: BoardView) -> dict[str, str]:
@@ -119,16 +128,16 @@ class TerminalLines:
         """Print the table."""
         self.update(view)
         width = min(120, shutil.get_terminal_size((120, 24)).columns)
-        _print(render_text(view, width=width))
+        print_safely(render_text(view, width=width))
 
     @staticmethod
     def _tell(view: BoardView, lines: Sequence[str]) -> None:
         for line in lines:
-            _print(f"[{words.duration(view.elapsed_s):>10}] {line}")
+            print_safely(f"[{words.duration(view.elapsed_s):>10}] {line}")
 
 
-def _print(text: str) -> None:
-    """Print without failing on a terminal that cannot show a sparkline."""
+def print_safely(text: str) -> None:
+    """Print, without failing on a terminal that cannot show a sparkline."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     print(text.encode(encoding, "replace").decode(encoding), flush=True)
 
@@ -195,9 +204,9 @@ class SummaryOnly:
         """Say in a line how it ended."""
         line = one_line(view)
         if hasattr(self._shell, "kernel"):
-            _publish(self._shell, {"text/html": one_line_html(line), "text/plain": line})
+            publish(self._shell.display_pub, {"text/html": one_line_html(line), "text/plain": line})
         else:
-            _print(line)
+            print_safely(line)
 
 
 def _surface(shell: InteractiveShell, quiet: bool) -> Surface:
@@ -241,12 +250,15 @@ class LiveBoard:
         with self._guard():
             self._surface.open(self._board.view())
         if not (self._is_quiet or self._is_broken):
-            # IPython finds the cell that output belongs to in the context: without a copy of it, output of this
-            # thread would land in whichever cell ran last.
-            context = contextvars.copy_context()
-            self._thread = threading.Thread(target=context.run, args=(self._redraw,), name="tfos-live-board")
-            self._thread.start()
+            self._begin_to_draw()
         return self
+
+    def _begin_to_draw(self) -> None:
+        # IPython finds the cell that output belongs to in the context: without a copy of it, output of this thread
+        # would land in whichever cell ran last. A daemon: the board of a background run does not keep the kernel alive.
+        context = contextvars.copy_context()
+        self._thread = threading.Thread(target=context.run, args=(self._redraw,), name="tfos-live-board", daemon=True)
+        self._thread.start()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
