@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import signal
+import sys
 import textwrap
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -235,13 +237,31 @@ def test_stopping_ends_it_and_again_does_nothing(shell: TestingShell, services: 
     assert "stopped after" in repr(run)
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """As in a notebook; where pytest itself was started in the background, SIGINT is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_waiting_that_is_interrupted_leaves_the_run_alone(shell: TestingShell, services: DrivenServices) -> None:
     run = shell.cell("%%tfos_train -n 2 --background --out r\n1")
     services.latest()
-    timer = threading.Timer(0.2, lambda: signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT))
-    timer.start()
+    main = threading.main_thread().ident or 0
+
+    def interrupt() -> None:
+        while BackgroundRun.wait.__code__ not in {
+            frame.f_code for frame, _ in traceback.walk_stack(sys._current_frames()[main])
+        }:
+            time.sleep(0.01)
+        signal.pthread_kill(main, signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
     assert isinstance(shell.error_of("r.wait()").error, KeyboardInterrupt)
-    timer.join()
+    thread.join()
     assert run.state == "running"
     services.latest().end()
     assert run.wait() == "the result"
@@ -642,6 +662,7 @@ spark.sparkContext.setLogLevel("OFF")
 """
 COUNT = """
 import time
+import traceback
 for number in range(1000):
     print("counted to", number, flush=True)
     time.sleep(0.2)
