@@ -28,6 +28,7 @@ PROJECT = ROOT / "pyproject.toml"
 OLDEST_PYTHON = (3, 10)
 UV = "uv==0.13.9"  # installs these packages several times faster than pip, and compiles them on all cores
 _STAMP = "installed.txt"
+_CACHE = "uv-cache"
 _IMPLIED = {"test": {"demo", "java"}}  # extras that bring others, as pyproject.toml says
 
 
@@ -138,14 +139,21 @@ class Environment:
         """Install with uv, or with pip where uv cannot be had or fails; both leave byte code behind.
 
         Without it TensorFlow's first import would take 11 to 17 seconds in every process that may not write any.
+        What uv downloads and builds is thrown away afterwards, unless the person chose a place for it: PySpark comes
+        as source, and from a mirror that does not allow caching uv keeps another 1.5 GB of it for every checkout.
         """
+        cache = Path(os.environ.get("UV_CACHE_DIR") or self.directory / _CACHE)  # beside the target: hard links
+        uv = [str(self.directory / "bin" / "uv"), "--cache-dir", str(cache)]
         commands = [
-            [str(self.directory / "bin" / "uv"), "pip", "install", "--python", str(self.python), "--compile-bytecode"],
+            [*uv, "pip", "install", "--python", str(self.python), "--compile-bytecode"],
             [str(self.python), "-m", "pip", "install", "--compile"],
         ]
         problem = "" if self._get_uv() else f"{UV} could not be installed"
         for command in commands[1:] if problem else commands:
-            done = _run([*command, "--quiet", *arguments], **_INSTALL_VARIABLES)
+            try:
+                done = _run([*command, "--quiet", *arguments], **_INSTALL_VARIABLES)
+            finally:
+                shutil.rmtree(self.directory / _CACHE, ignore_errors=True)
             if done.returncode == 0:
                 return
             problem = done.stdout.strip()
