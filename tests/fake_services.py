@@ -9,7 +9,7 @@ from typing import Any
 
 from tfos_magic import cluster, doctor
 from tfos_magic.namedtuple_session import ProcessStatus, SessionStatus
-from tfos_magic.widgets import diagnosis, namedtuple_table
+from tfos_magic.widgets import diagnosis, namedtuple_table, publish
 
 
 class FakeInference:
@@ -70,7 +70,9 @@ class FakeServices:
         )
         self.inference = SimpleNamespace(Inference=self._infer)
         self.session = SimpleNamespace(find_session=lambda namespace, name=None: self.found, local_session=self._local)
-        self.widgets = SimpleNamespace(LiveBoard=self._board, diagnosis=diagnosis, namedtuple_table=namedtuple_table)
+        self.widgets = SimpleNamespace(
+            LiveBoard=self._board, diagnosis=diagnosis, namedtuple_table=namedtuple_table, publish=publish
+        )
         self.doctor = doctor
         self.namedtuple_patch = SimpleNamespace(**{name: self._patch(name) for name in ("status", "revert", "restore")})
         self.namedtuple_jobs = SimpleNamespace(CleanJobs=self._clean_jobs)

@@ -373,13 +373,15 @@ class Cluster:
             node = peer.info.get("member")
             if node is not None:
                 node.leave()
-                if not node.has_ended:
-                    pass  # it never began: Spark says why, or starts it again
-                elif node.result is not None and self._options.is_independent:
-                    node.change(NodeState.DONE)
-                elif self._note(Failure("lost", node=node.index)):
-                    node.change(NodeState.LOST)
+                if node.has_ended:  # of one that never began Spark says why, or starts it again
+                    self._note_end(node)
             self.changed.notify_all()
+
+    def _note_end(self, node: Member) -> None:
+        if node.result is not None and self._options.is_independent:
+            node.change(NodeState.DONE)
+        elif self._note(Failure("lost", node=node.index)):
+            node.change(NodeState.LOST)
 
     def _launch_ended(self, job: SparkJob) -> None:
         with self.changed:

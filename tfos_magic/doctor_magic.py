@@ -58,17 +58,18 @@ class DiagnosisOutput:
     def show(self, diagnosis: Diagnosis) -> None:
         """Show a diagnosis in place of the one before."""
         if hasattr(self._shell, "kernel"):
-            self._publish(diagnosis, {"display_id": self._display_id}, update=self._shown is not None)
+            self._publish(diagnosis, display_id=self._display_id, update=self._shown is not None)
         elif diagnosis.awaits:
             print(f"asking {diagnosis.awaits} …", flush=True)
             return
         else:
-            self._publish(diagnosis, {}, update=False)
+            self._publish(diagnosis)
         self._shown = diagnosis
 
-    def _publish(self, diagnosis: Diagnosis, transient: dict[str, str], *, update: bool) -> None:
-        data = self._services.widgets.diagnosis.bundle(diagnosis)
-        self._shell.display_pub.publish(data=data, metadata={}, transient=transient, update=update)
+    def _publish(self, diagnosis: Diagnosis, *, display_id: str = "", update: bool = False) -> None:
+        widgets = self._services.widgets
+        bundle = widgets.diagnosis.bundle(diagnosis)
+        widgets.publish(self._shell.display_pub, bundle, display_id=display_id, update=update)
 
 
 class DoctorMagic:

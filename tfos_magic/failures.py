@@ -180,8 +180,15 @@ def _import_error(root: Failure, name: str, host: str) -> EnvironmentMismatchErr
     return EnvironmentMismatchError(
         f"{name} on {host} cannot import TensorFlow with {root.executable}: {message}",
         cause="The executors' Python is not the one that has TensorFlow.",
-        hint="Install tensorflow there, or name an interpreter that has it before the session is made, e.g. this one: "
-        f"os.environ['PYSPARK_PYTHON'] = {sys.executable!r}.",
+        hint=install_hint("tensorflow"),
+    )
+
+
+def install_hint(module: str) -> str:
+    """Return what to do when the executors' Python lacks a module that this one has."""
+    return (
+        f"Install {module} there, or name an interpreter that has it before the session is made, e.g. this one: "
+        f"os.environ['PYSPARK_PYTHON'] = {sys.executable!r}."
     )
 
 

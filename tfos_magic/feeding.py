@@ -10,13 +10,12 @@ Runs on: driver. No locks of its own: the cluster that owns the feeds calls unde
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from tfos_magic.errors import DataError, EnvironmentMismatchError, FeedError, TfosError
-from tfos_magic.failures import python_reason
+from tfos_magic.failures import install_hint, python_reason
 from tfos_magic.feed.staging import QUEUE_LIMIT_BYTES
 from tfos_magic.jobs import SparkJob
 from tfos_magic.members import Member
@@ -161,8 +160,7 @@ def _spark_error(name: str, error: Exception) -> TfosError:
             cause="Rows come as Arrow data: Spark's workers need pyarrow for it, as for every pandas UDF."
             if missing[1] == "pyarrow"
             else "The DataFrame's or the RDD's own functions import it.",
-            hint="Install it there, or name an interpreter that has it before the session is made, e.g. this one: "
-            f"os.environ['PYSPARK_PYTHON'] = {sys.executable!r}.",
+            hint=install_hint(missing[1]),
         )
     else:
         found = FeedError(

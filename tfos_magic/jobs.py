@@ -107,18 +107,15 @@ class SparkJob:
         bool
             Whether it has ended by itself.
         """
+        has_ended = False
         try:
-            while not self.wait(_INTERRUPTIBLE_S) and time.monotonic() < deadline:
+            while not (has_ended := self.wait(_INTERRUPTIBLE_S)) and time.monotonic() < deadline:
                 pass
-        except BaseException:
-            self.cancel()
-            self.wait(cancel_s)
-            raise
-        if self.has_ended:
-            return True
-        self.cancel()
-        self.wait(cancel_s)
-        return False
+        finally:
+            if not has_ended:
+                self.cancel()
+                self.wait(cancel_s)
+        return has_ended
 
     def _run(self) -> None:
         try:

@@ -198,9 +198,7 @@ class Extension:
         another DataFrame.
         """
         with _help_on_request():
-            words = arguments.split(line)
-            if "--help" in words or "-h" in words:
-                raise HelpRequestedError(inspect.getdoc(self.tfos_stop))
+            words = _words(line, self.tfos_stop)
             self._runs.stop(words)
 
     @no_var_expand
@@ -213,9 +211,7 @@ class Extension:
         live; the one in the run's own cell goes on as well. Of the runs that have ended the last three are kept.
         """
         with _help_on_request():
-            words = arguments.split(line)
-            if "--help" in words or "-h" in words:
-                raise HelpRequestedError(inspect.getdoc(self.tfos_status))
+            words = _words(line, self.tfos_status)
             self._runs.show(words)
 
     @no_var_expand
@@ -238,17 +234,15 @@ class Extension:
         everything back as PySpark had it, and lets jobs run as they are. NAME is bound to the same facts as an object.
         """
         with _help_on_request():
-            words = arguments.split(line)
-            if "--help" in words or "-h" in words:
-                raise HelpRequestedError(inspect.getdoc(self.tfos_namedtuple))
+            words = _words(line, self.tfos_namedtuple)
             wanted = arguments.parse_namedtuple(words)
             if wanted.is_driver_only:
                 status = getattr(self._services.namedtuple_patch, wanted.action)()
                 print(status.summary)
             else:
                 status = self._ask_session(wanted.action)
-                shown = self._services.widgets.namedtuple_table.bundle(status)
-                self._shell.display_pub.publish(data=shown, metadata={})
+                widgets = self._services.widgets
+                widgets.publish(self._shell.display_pub, widgets.namedtuple_table.bundle(status))
             if wanted.out:
                 self._notebook.namespace[wanted.out] = status
 
@@ -458,6 +452,14 @@ def give_help_a_body(lines: list[str]) -> list[str]:
 
 # Without this a terminal would ask this function whether the cell is complete, and never wait for its second line.
 give_help_a_body.has_side_effects = True  # type: ignore[attr-defined]  # IPython asks the function
+
+
+def _words(line: str, magic: Callable[..., Any]) -> list[str]:
+    """Return the words of a line without a parser; the magic's docstring is the help it may ask for."""
+    words = arguments.split(line)
+    if "--help" in words or "-h" in words:
+        raise HelpRequestedError(inspect.getdoc(magic))
+    return words
 
 
 @contextlib.contextmanager

@@ -88,13 +88,17 @@ class Member:
         self.rows_consumed = 0
         self.is_waiting = False
         self.result: bytes | None = None
-        self.has_ended = False
         self._emit = emit
 
     @property
     def name(self) -> str:
         """``worker:2``."""
         return self.role.name
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether its agent said hello, and its connection has been closed since."""
+        return self.peer is not None and self.place is None
 
     @property
     def host(self) -> str:
@@ -134,7 +138,6 @@ class Member:
     def leave(self) -> None:
         """Note that the connection is closed."""
         self.place = None
-        self.has_ended = self.peer is not None
 
     def send(self, header: Mapping[str, Any]) -> None:
         """Send the agent a message; harmless before its hello and after its end."""

@@ -67,7 +67,7 @@ def ask_second(case: Case, interpreter: SecondInterpreter, subject: Any, parcel:
     if len(parcel.blob) > SENT_BYTES:
         return Trip(_SECOND, "not asked", f"{parcel.size_bytes / 1e6:.0f} MB are too much for a look")
     question = {**parcel.question, "path": [str(case.added_files)] if case.added_files else []}
-    facts = interpreter.ask(parcel.blob, question, modules=names.needed_modules(case.graph))
+    facts = interpreter.ask(parcel.blob, question, modules=question["modules"])
     case.facts = facts
     return to_trip(_SECOND, facts, subject, parcel)
 

@@ -5,6 +5,7 @@ Runs on: driver. What the tasks run is the text of `second`, sent with them: exe
 
 from __future__ import annotations
 
+import time
 import types
 import uuid
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from pyspark import SparkContext
 
 _BROADCAST_BYTES = 1_000_000
+_CANCEL_S = 5.0
 TIMEOUT_S = 60.0
 """For the whole job: executors may be busy, and may have to import what the object needs."""
 
@@ -47,15 +49,12 @@ def ask_executors(spark: Any, blob: bytes, question: Mapping[str, Any]) -> list[
     ask = _by_value(text, JSONEncoder().encode(dict(question)), sent)
     rows = context.parallelize(range(tasks), tasks).mapPartitions(ask)
     job = SparkJob(context, f"tfos_doctor-{uuid.uuid4().hex[:8]}", "%tfos_doctor --executors", rows.collect)
-    try:
-        if not job.wait(TIMEOUT_S):
-            raise SessionError(
-                f"The executors have not answered in {TIMEOUT_S:.0f} s.",
-                cause="They may be busy with other jobs, or still importing what the object needs.",
-                hint="Ask again when they are free, or without --executors.",
-            )
-    finally:
-        job.cancel()
+    if not job.finish(time.monotonic() + TIMEOUT_S, cancel_s=_CANCEL_S):
+        raise SessionError(
+            f"The executors have not answered in {TIMEOUT_S:.0f} s.",
+            cause="They may be busy with other jobs, or still importing what the object needs.",
+            hint="Ask again when they are free, or without --executors.",
+        )
     if job.error is not None:
         raise SessionError(
             f"The job on the executors failed: {type(job.error).__name__}: {str(job.error).strip().splitlines()[0]}",
