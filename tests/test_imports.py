@@ -163,6 +163,8 @@ LAYERS = {
     "tfos_magic.widgets.html": "notebook",
     "tfos_magic.widgets.live": "notebook",
     "tfos_magic.widgets.namedtuple_table": "notebook",
+    "tfos_magic.widgets.outputs": "notebook",
+    "tfos_magic.widgets.stop_button": "notebook",
     "tfos_magic.widgets.text": "notebook",
     "tfos_magic.widgets.words": "notebook",
 }

@@ -337,6 +337,12 @@ class Runs:
         run.start()
         return run
 
+    def ask_to_stop(self, name: str) -> None:
+        """Let the run of this name end soon, if it goes on; returns at once."""
+        run = self.find(name)
+        if run is not None:
+            run.ask_to_stop()
+
     def stop(self, names: Iterable[str]) -> list[BackgroundRun]:
         """End those of `names` that go on, all at the same time; return them when their nodes are gone."""
         found = [run for name in names if (run := self.find(name)) is not None]

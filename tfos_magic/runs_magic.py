@@ -70,7 +70,9 @@ class RunsMagic:
         self, name: str, board: StatusBoard, work: Callable[[threading.Event], RunResult], *, quiet: bool
     ) -> BackgroundRun:
         """Start a run in the background; its board stays live in the running cell's output."""
-        display = self._services.widgets.BackgroundBoard(board, self._shell, quiet=quiet)
+        display = self._services.widgets.BackgroundBoard(
+            board, self._shell, quiet=quiet, stop=lambda: self.runs.ask_to_stop(name)
+        )
         return self.runs.start(name, board, work, display)
 
     def stop(self, words: Sequence[str]) -> None:

@@ -14,7 +14,8 @@ from __future__ import annotations
 from tfos_magic.widgets import diagnosis, namedtuple_table
 from tfos_magic.widgets.background import BackgroundBoard, show_record
 from tfos_magic.widgets.html import render_html
-from tfos_magic.widgets.live import LiveBoard, publish, static_bundle
+from tfos_magic.widgets.live import LiveBoard, static_bundle
+from tfos_magic.widgets.outputs import publish
 from tfos_magic.widgets.text import one_line, render_text
 
 __all__ = [

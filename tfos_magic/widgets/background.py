@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from tfos_magic.status import BoardView, StatusBoard
 from tfos_magic.widgets.html import one_line_html
-from tfos_magic.widgets.live import CellOutput, LiveBoard, print_safely, publish, static_bundle
+from tfos_magic.widgets.live import CellOutput, LiveBoard, print_safely, static_bundle
+from tfos_magic.widgets.outputs import publish
+from tfos_magic.widgets.stop_button import NoButton, RunButton, is_watched
 from tfos_magic.widgets.text import one_line, render_text
 
 if TYPE_CHECKING:
@@ -99,17 +101,27 @@ class BackgroundBoard(LiveBoard):
     shell : InteractiveShell
     quiet : bool
         Show one line, until the board is asked for.
+    stop : callable, optional
+        Ends the run, and returns at once: what the button does.
 
     Notes
     -----
     As a :class:`LiveBoard` it never raises into the run.
     """
 
-    def __init__(self, board: StatusBoard, shell: InteractiveShell, *, quiet: bool = False) -> None:
+    def __init__(
+        self,
+        board: StatusBoard,
+        shell: InteractiveShell,
+        *,
+        quiet: bool = False,
+        stop: Callable[[], None] | None = None,
+    ) -> None:
         self._output = _output(shell, quiet)
         self._is_redrawn = isinstance(self._output, CellOutput)
         super().__init__(board, shell, quiet=quiet or not self._is_redrawn)
         self._surface = self._output
+        self._button = NoButton() if stop is None or quiet or not is_watched(shell) else RunButton(shell, stop)
         self._ending = threading.Lock()
         self._is_closed = False
 
@@ -123,6 +135,7 @@ class BackgroundBoard(LiveBoard):
             if self._is_closed:
                 return False
             with self._guard():
+                self._button.show()
                 self._output.again(self._board.view())
             if self._is_redrawn and self._thread is None and not self._is_broken:
                 self._begin_to_draw()

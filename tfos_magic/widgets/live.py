@@ -29,10 +29,11 @@ from tfos_magic.errors import RunStoppedError
 from tfos_magic.status import BoardView, NodeState, NodeView, StatusBoard
 from tfos_magic.widgets import words
 from tfos_magic.widgets.html import one_line_html, render_html
+from tfos_magic.widgets.outputs import publish
+from tfos_magic.widgets.stop_button import Button, InterruptButton, NoButton, is_watched
 from tfos_magic.widgets.text import one_line, render_text
 
 if TYPE_CHECKING:
-    from IPython.core.displaypub import DisplayPublisher
     from IPython.core.interactiveshell import InteractiveShell
 
 _log = logging.getLogger(__name__)
@@ -95,12 +96,6 @@ class CellOutput:
     def _publish(self, bundle: dict[str, str], *, update: bool) -> None:
         publish(self._publisher, bundle, display_id=self._display_id, update=update)
         self._shown = bundle
-
-
-def publish(publisher: DisplayPublisher, bundle: dict[str, str], *, display_id: str = "", update: bool = False) -> None:
-    """Do what ``IPython.display.display`` does with ``raw=True``, with this publisher."""
-    transient = {"display_id": display_id} if display_id else {}
-    publisher.publish(data=bundle, metadata={}, transient=transient, update=update)
 
 
 def _frame(view: BoardView) -> dict[str, str]:
@@ -242,12 +237,14 @@ class LiveBoard:
         self._is_lasting = lasting
         self._is_quiet = quiet
         self._surface = _surface(shell, quiet)
+        self._button: Button = NoButton() if quiet or not is_watched(shell) else InterruptButton(shell)
         self._is_broken = False
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> LiveBoard:
         with self._guard():
+            self._button.show()
             self._surface.open(self._board.view())
         if not (self._is_quiet or self._is_broken):
             self._begin_to_draw()
@@ -271,6 +268,8 @@ class LiveBoard:
             with self._guard():  # after a failure too: the record is worth another try
                 logs = self._board.all_logs(last=_LOG_LINES_IN_RECORD)
                 self._surface.close(_ended(self._board.view(), error, is_lasting=self._is_lasting), logs)
+            with self._guard():
+                self._button.remove()
 
     def _redraw(self) -> None:
         drawn = (-1, -1)
