@@ -29,7 +29,7 @@ OLDEST_PYTHON = (3, 10)
 UV = "uv==0.13.9"  # installs these packages several times faster than pip, and compiles them on all cores
 _STAMP = "installed.txt"
 _CACHE = "uv-cache"
-_IMPLIED = {"test": {"demo", "java"}}  # extras that bring others, as pyproject.toml says
+_IMPLIED = {"test": {"demo", "java", "tensorboard"}}  # extras that bring others, as pyproject.toml says
 
 
 class SetupError(Exception):

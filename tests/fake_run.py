@@ -22,6 +22,7 @@ from tfos_magic.status import (
 )
 
 GIB = 2**30
+ROWS_PER_EPOCH = 18_510  # six seconds of the slowest node
 
 
 def names(nodes: int) -> tuple[str, ...]:
@@ -34,7 +35,14 @@ def machine(index: int, *, gpu: bool = False, load: float = 1.0) -> MachineSampl
 
 
 def run_events(
-    nodes: int = 4, epochs: int = 5, *, gpu: bool = False, wait: float = 0.2, fail: str = "", start: float = 1000.0
+    nodes: int = 4,
+    epochs: int = 5,
+    *,
+    gpu: bool = False,
+    wait: float = 0.2,
+    held: float = 0.0,
+    fail: str = "",
+    start: float = 1000.0,
 ) -> Iterator[object]:
     """Yield the events of a run of about 40 s on a clock that begins at `start`."""
     nodes_named = names(nodes)
@@ -56,7 +64,19 @@ def run_events(
         for index, name in enumerate(nodes_named):
             rows = int(second * 3085 * (1 + index % 5 / 40))
             waited = (at - began) * wait * (1 + index % 3 / 10)
-            yield NodeBeat(name, min(rows * 2, 24_000), rows, waited, machine(index, gpu=gpu), at)
+            yield NodeBeat(
+                name,
+                min(rows * 2, ROWS_PER_EPOCH),
+                rows,
+                waited,
+                queued_chunks=max(0, 12 - second),
+                queued_bytes=max(0, 12 - second) * 4 * 2**20,
+                feed_wait_s=(at - began) * held,
+                rows_per_epoch=ROWS_PER_EPOCH if rows * 2 >= ROWS_PER_EPOCH else None,
+                machine=machine(index, gpu=gpu, load=1 - (second + index) % 4 / 12),
+                at=at,
+            )
+            yield MetricsReported(name, {"loss": 2 * math.exp(-second / 12)}, step=second * 40, at=at)
             bar = f"\x1b[1m{second * 8}/240\x1b[0m ━━━━━━━━━━ 1s 4ms/step - loss: 0.41\b\b\b\b\r"
             yield NodeLogged(
                 name, (bar + f"{second * 8}/240 ━━━━━━━━━━ 1s 4ms/step - accuracy: 0.9{second % 10}",), 0, at

@@ -191,7 +191,8 @@ def test_without_a_name_it_gets_one_that_the_notebook_does_not_have(
     assert [run.name for run in runs] == ["run2", "run3"]
     assert not {name for name in set(shell.user_ns) - names if not name.startswith("_")}
     assert shell.cell("%%tfos_train -n 2 --background\n1;") is None
-    assert services.latest().board.view().title == "run4: Cell In[4] on 2 nodes"
+    wait_until(lambda: len(services.runs) == 4)  # its thread may still be on its way
+    assert services.runs[-1].board.view().title == "run4: Cell In[4] on 2 nodes"
 
 
 def test_a_function_of_the_notebook_runs_in_the_background_too(shell: TestingShell, services: DrivenServices) -> None:
@@ -529,6 +530,17 @@ class Watched:
         return False
 
 
+STARTED: list[Started] = []
+
+
+@pytest.fixture(autouse=True)
+def all_forgotten() -> Iterator[None]:
+    """Forget the real runs, as the notebook does that they belong to: their log files go."""
+    yield
+    while STARTED:
+        STARTED.pop().runs.close()
+
+
 class Started:
     """A real run in the background, and when its nodes run."""
 
@@ -536,6 +548,7 @@ class Started:
         self.running = threading.Event()
         self.board = StatusBoard()
         self.runs = Runs()
+        STARTED.append(self)
         chosen = cluster.RunOptions(num_nodes=nodes, **options)
         payload = pack_cell(body, {}, {"epochs": 1, "batch_size": 64})
         self.run = self.runs.start(

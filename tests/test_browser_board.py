@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 import urllib.request
+from contextlib import contextmanager
+from importlib.resources import files
 from pathlib import Path
 
 import nbformat
 import pytest
+from fake_run import finished
 from jupyterlab_fixture import browser, jupyterlab, write_notebook
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
@@ -36,13 +39,16 @@ LIVE = "board = StatusBoard()\nwith LiveBoard(board, get_ipython()):\n    play(b
 PICTURES = {
     "running": "until(17.3, wait=0.63)",
     "starting": "until(2)",
-    "gpu": "until(26, gpu=True, wait=0.03)",
+    "gpu": "until(26, gpu=True, wait=0.03, held=0.71)",
     "64-nodes": "until(14, nodes=64)",
     "done": "record(epochs=8)",
     "failed": "record(fail='worker:1')",
     "long-output": "record(fail='chief:0', epochs=16)",
     "64-nodes-failed": "record(nodes=64, fail='worker:40')",
+    "8-nodes-gpu": "until(21, nodes=8, gpu=True)",
+    "first-epoch": "until(8.3, epochs=3)",
 }
+THEMES = ("Light", "Dark")
 
 
 @pytest.fixture
@@ -54,9 +60,9 @@ def lab(tmp_path, chromium):
 
 
 def rows_used(text: str) -> int:
-    """Return the first number of the column `rows used` of a board's text."""
+    """Return the first number of the column `rows` of a board's text."""
     row = next(line for line in text.split("\n") if "chief:0" in line)
-    return int(row.split("\t")[5].replace(",", ""))
+    return int(row.split("\t")[3].replace(",", ""))
 
 
 def test_the_board_moves_while_the_cell_blocks_and_stays_as_a_record(lab):
@@ -132,28 +138,153 @@ def styles(locator, name: str) -> list[str]:
 
 
 def test_the_record_is_there_when_the_notebook_is_opened_again_without_a_kernel(lab):
+    lab.page.set_viewport_size({"width": 1400, "height": 2000})  # axe judges only what is not covered
     lab.open_notebook(gallery(lab), kernel=False)
     assert lab.page.evaluate("() => jupyterapp.shell.currentWidget.sessionContext.session") is None
     assert "done in" in lab.output(5).inner_text()
     assert "failed after" in lab.output(6).inner_text()
     assert lab.output(6).locator("details[open] pre").inner_text().endswith("ValueError: <b>bad</b> shape & more")
-    for theme in ("Light", "Dark"):
+    for theme in THEMES:
         lab.theme(f"JupyterLab {theme}")
         for index, name in enumerate(PICTURES, 1):
             lab.screenshot(f"board-{name}-{theme.lower()}", index)
-        (page,) = styles(lab.page.locator(".jp-Notebook"), "backgroundColor")
+            assert violations(lab, index) == [], (name, theme)
+            assert overflow(lab.output(index)) <= 0, name
+        muted = over(styles(lab.output(1).locator("th").first, "color")[0], notebook_colour(lab), 0.7)
+        assert contrast(muted, notebook_colour(lab)) > 4.5  # axe does not look through what is transparent
+        page = notebook_colour(lab)
         assert contrast(styles(lab.output(1).locator("td"), "color")[0], page) > 7
         assert contrast(styles(lab.output(1).locator("td span"), "color")[0], page) > 3  # a mark, WCAG 1.4.11
+    lab.page.set_viewport_size({"width": 1200, "height": 2000})
+    lab.execute("application:toggle-left-area")
+    assert [overflow(lab.output(index)) for index in range(1, 1 + len(PICTURES))] == [0] * len(PICTURES)
     trusted = texts(lab)
     assert shows_its_end(lab.output(7).locator("details[open] pre"))
 
     lab.open_notebook("untrusted.ipynb", kernel=False)
     assert lab.page.evaluate("() => jupyterapp.shell.currentWidget.content.model.cells.get(1).trusted") is False
     assert texts(lab) == trusted
+    assert all(map(is_loaded, lab.output(5).locator("img").all()))
+    assert lab.output(5).locator("img").count() == 2
+    assert len(lab.output(1).locator("caption div div div").all()) == 1  # the bar
+    assert "4px" not in styles(lab.output(1).locator("caption div div div"), "width")
     assert "rgb(220, 61, 69)" in styles(lab.output(6).locator("td span"), "color")
     assert set(styles(lab.output(6).locator("table"), "tableLayout")) == {"auto"}
     assert shows_its_end(lab.output(7).locator("details[open] pre"))
     lab.screenshot("board-failed-untrusted", 6)
+
+
+def violations(lab, index: int) -> list[str]:
+    """Return what axe-core finds wrong with a cell's output."""
+    if not lab.page.evaluate("() => 'axe' in window"):
+        lab.page.evaluate(files("axe_playwright_python").joinpath("axe.min.js").read_text())
+    found = lab.output(index).evaluate(
+        """async area => {
+            area.scrollIntoView({block: 'center'});
+            // JupyterLab's body has no height and hides what overflows: axe would take all that is in it for invisible.
+            document.documentElement.style.height = document.body.style.height = '100%';
+            const results = await axe.run(area.querySelector('.tfos-board'));
+            const told = each => [each.id, each.help, ...each.nodes.map(node => node.html.slice(0, 200))].join('; ');
+            return {violations: results.violations.map(told), passed: results.passes.map(each => each.id)};
+        }"""
+    )
+    assert "color-contrast" in found["passed"] or found["violations"]  # it has seen the text
+    return list(found["violations"])
+
+
+def overflow(output) -> float:
+    """Return by how many pixels a board is wider than its cell."""
+    return output.locator(".tfos-board").first.evaluate("board => board.scrollWidth - board.clientWidth")
+
+
+def is_loaded(image) -> bool:
+    """True if the browser has a picture to show."""
+    return image.evaluate("async image => { await image.decode(); return image.naturalWidth > 0; }")
+
+
+def test_a_foldable_opens_by_keyboard_and_its_output_can_be_scrolled_by_it(lab):
+    write_notebook(lab.server.root / "keys.ipynb", [SETUP, "record(epochs=16)"])
+    lab.open_notebook("keys.ipynb")
+    lab.run_cell(0)
+    lab.run_cell(1)
+    summary = lab.output(1).locator("summary").first
+    summary.focus()
+    lab.page.keyboard.press("Enter")
+    written = lab.output(1).locator("details[open] pre")
+    written.wait_for()
+    lab.page.keyboard.press("Tab")
+    top = written.bounding_box()["y"]
+    lab.page.keyboard.press("PageUp")
+    lab.page.wait_for_function(
+        "([before]) => document.querySelector('details[open] pre').getBoundingClientRect().y > before", arg=[top]
+    )
+    assert violations(lab, 1) == []
+
+
+def test_a_live_board_takes_no_focus_and_passes_the_same_rules(lab):
+    write_notebook(lab.server.root / "focus.ipynb", [SETUP, LIVE.format(speed=3), "'here'"])
+    lab.open_notebook("focus.ipynb")
+    lab.run_cell(0)
+    lab.start_cell(1)
+    board = lab.output(1).locator(".tfos-board")
+    board.get_by_text("running").first.wait_for(timeout=30_000)
+    lab.cell(2).locator(".cm-content").click()
+    lab.page.keyboard.type("  # typed")
+    board.locator("img").first.wait_for(timeout=30_000)
+    before = rows_used(board.inner_text())
+    assert violations(lab, 1) == []
+    lab.page.keyboard.type(" while it is redrawn")
+    assert rows_used(board.inner_text()) > before
+    assert lab.cell(2).locator(".cm-content").inner_text() == "'here'  # typed while it is redrawn"
+    lab.wait_cell()
+
+
+@contextmanager
+def offline(browser_page, html: str):
+    """Show a page of which every request fails, and yield the addresses that it asked for."""
+    asked: list[str] = []
+
+    def refuse(route) -> None:
+        asked.append(route.request.url)
+        route.abort()
+
+    page = browser_page.context.browser.new_page()
+    try:
+        page.route(lambda url: not url.startswith("data:"), refuse)
+        page.set_content(html, wait_until="load")
+        yield page, asked
+    finally:
+        page.close()
+
+
+def test_the_exported_record_asks_the_network_for_nothing(lab):
+    from nbconvert import HTMLExporter
+
+    from tfos_magic.widgets import static_bundle
+
+    board = finished(fail="worker:1")
+    bundle = static_bundle(board.view(), board.all_logs(200))
+    cell = nbformat.v4.new_code_cell("run", outputs=[nbformat.v4.new_output("display_data", bundle)])
+    notebook = nbformat.v4.new_notebook(cells=[cell])
+    # The full page of nbconvert's asks for MathJax and others by itself; this is the notebook alone.
+    html, _ = HTMLExporter(template_name="basic").from_notebook_node(notebook)
+    with offline(lab.page, html) as (page, asked):
+        assert "failed after 20 s" in page.locator(".tfos-board").inner_text()
+        assert [is_loaded(image) for image in page.locator("img").all()] == [True, True]
+        assert asked == []
+
+
+def notebook_colour(lab) -> str:
+    (colour,) = styles(lab.page.locator(".jp-Notebook"), "backgroundColor")
+    return colour
+
+
+def over(colour: str, ground: str, share: float) -> str:
+    """Return the colour that one seen through another has."""
+    pairs = zip(
+        *([float(value) for value in re.findall(r"[\d.]+", each)[:3]] for each in (colour, ground)), strict=True
+    )
+    return f"rgb({', '.join(str(round(front * share + back * (1 - share))) for front, back in pairs)})"
 
 
 def contrast(one: str, other: str) -> float:

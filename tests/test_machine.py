@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from tfos_magic import machine
-from tfos_magic.machine import MachineSampler, PyNvml, visible_gpus
+from tfos_magic.machine import GpuDevice, MachineSampler, PyNvml, visible_gpus
 from tfos_magic.status import GpuSample, MachineSample
 
 BUSY = "import sys; print('up', flush=True)\nwhile True: pass"
@@ -133,7 +133,9 @@ def test_only_the_gpus_of_the_node_are_sampled(given, seen):
     assert [gpu.index for gpu in sampler.sample().gpus] == seen
 
 
-@pytest.mark.parametrize(("visible", "seen"), [(None, [0, 1]), ("1", [1]), ("", []), ("-1", []), ("GPU-0, 1", [0, 1])])
+@pytest.mark.parametrize(
+    ("visible", "seen"), [(None, [0, 1]), ("1", [1]), ("", []), ("-1", []), ("GPU-0, 1", [0, 1]), ("1,-1,0", [1])]
+)
 def test_unless_told_otherwise_the_gpus_are_those_that_cuda_would_see(monkeypatch, visible, seen):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
@@ -178,14 +180,18 @@ class FakeLibrary:
     class NVMLError(Exception):
         pass
 
-    def __init__(self, refuses=(), mig=False):
+    class NVMLLibraryMismatchError(Exception):
+        pass
+
+    def __init__(self, refuses=(), mig=False, refusal=NVMLError):
         self.refuses = refuses
         self.mig = mig
+        self.refusal = refusal
 
     def __getattr__(self, name):
         def answer(*args):
             if name in self.refuses:
-                raise self.NVMLError(name)
+                raise self.refusal(name)
             return getattr(self, "_" + name)(*args)
 
         return answer
@@ -209,9 +215,7 @@ class FakeLibrary:
         return "mig" if self.mig else "handle"
 
     def _nvmlDeviceGetIndex(self, handle):
-        if handle == "mig":
-            raise self.NVMLError("not supported")
-        return 3
+        return 1 if handle == "mig" else 3  # of a slice: its place within its GPU
 
     def _nvmlDeviceGetDeviceHandleFromMigDeviceHandle(self, handle):
         return "handle"
@@ -241,6 +245,23 @@ def test_what_the_driver_refuses_is_left_empty(monkeypatch):
     refused = ("nvmlDeviceGetUtilizationRates", "nvmlDeviceGetPowerUsage", "nvmlDeviceGetTemperature")
     monkeypatch.setitem(sys.modules, "pynvml", FakeLibrary(refused))
     assert PyNvml().sample("0") == GpuSample(0, "NVIDIA Fake", None, 2**30, 2**34, None, None)
+
+
+@pytest.mark.parametrize("refusal", [FakeLibrary.NVMLLibraryMismatchError, AttributeError])
+def test_what_a_driver_or_a_binding_is_too_old_to_know_is_left_empty(monkeypatch, refusal):
+    old = FakeLibrary(("nvmlDeviceGetMemoryInfo", "nvmlDeviceGetPowerUsage"), refusal=refusal)
+    monkeypatch.setitem(sys.modules, "pynvml", old)
+    assert PyNvml().sample("0") == GpuSample(0, "NVIDIA Fake", 87.0, None, None, None, 61.0)
+
+
+def test_a_gpu_that_tells_nothing_is_still_there(monkeypatch):
+    questions = ("UtilizationRates", "MemoryInfo", "PowerUsage", "Temperature", "Name", "UUID", "MigMode")
+    monkeypatch.setitem(sys.modules, "pynvml", FakeLibrary([f"nvmlDeviceGet{question}" for question in questions]))
+    nvml = PyNvml()
+    assert nvml.sample("0") == GpuSample(0)
+    assert nvml.devices() == (GpuDevice(0, "0"),)
+    assert nvml.find("0") == GpuDevice(0, "0")
+    assert nvml.find("5") is None
 
 
 def test_a_mig_slice_is_told_by_its_gpu(monkeypatch):

@@ -242,3 +242,21 @@ def test_a_tfcluster_feeds_asks_and_shows_tensorboard(old: Old) -> None:
     assert found["total"] == 2 * sum(range(1000)) + sum(range(100))
     assert found["same"]
     assert "TensorBoard" in found["page"]
+
+
+def test_a_model_trained_without_distribute_is_named(old: Old) -> None:
+    found = old(
+        """
+        result = run_cell(spark, cell('''
+            import keras, numpy as np
+            model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)], name="lonely")
+            model.compile("sgd", "mse")
+            model.fit(np.zeros((4, 2)), np.zeros(4), verbose=0)
+            int(model.optimizer.iterations.numpy())
+        '''), 2, preload=("tensorflow",))
+        found["values"] = result.values
+        found["warned"] = ["lonely was trained on" in "".join(lines) for lines in result.logs.values()]
+        """
+    )
+    assert found["values"] == [1, 1]
+    assert found["warned"] == [True, True]

@@ -4,11 +4,13 @@ import math
 import random
 import threading
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from fake_run import finished, machine, names, run_events
 
 from tfos_magic.status import (
+    GpuSample,
     MachineSample,
     MetricsReported,
     NodeBeat,
@@ -74,6 +76,45 @@ def test_wait_percent_is_a_share_of_the_running_time(wait_s, percent):
 def test_a_senseless_wait_changes_nothing(wait_s):
     board = board_of(running(), NodeBeat("worker:0", wait_s=5, at=110), NodeBeat("worker:0", wait_s=wait_s, at=111))
     assert node_of(board).wait_percent == pytest.approx(50)
+
+
+@pytest.mark.parametrize(("wait_s", "percent"), [(0, 0), (4, 50), (100, 100), (-1, 0)])
+def test_the_feeds_waiting_is_a_share_of_the_time_since_the_first_row(wait_s, percent):
+    board = board_of(
+        running(at=100),
+        NodeBeat("worker:0", at=101),
+        NodeBeat("worker:0", rows_received=5, at=102),
+        NodeBeat("worker:0", rows_received=9, feed_wait_s=wait_s, at=110),
+    )
+    assert node_of(board).feed_wait_percent == pytest.approx(percent)
+
+
+def test_without_a_row_the_feed_has_not_waited():
+    assert node_of(board_of(running(), NodeBeat("worker:0", at=110))).feed_wait_percent is None
+
+
+def test_the_small_lines_show_the_last_twenty_seconds():
+    load = MachineSample(gpus=(GpuSample(0, utilization_percent=40.0), GpuSample(1, utilization_percent=60.0)))
+    beats = [NodeBeat("worker:0", rows_consumed=10 * half, machine=load, at=100 + half / 2) for half in range(100)]
+    node = node_of(board_of(running(), *beats))
+    assert node.rate_history == pytest.approx([20.0] * 20)
+    assert node.gpu_history == (50.0,) * 20
+
+
+def test_no_rate_is_remembered_of_the_time_before_the_function_runs():
+    states = NodeChanged("worker:0", NodeState.IMPORTING, at=50)
+    assert node_of(board_of(states, NodeBeat("worker:0", at=60))).rate_history == ()
+
+
+def test_what_lies_at_a_node_is_what_the_last_beat_said():
+    beats = [NodeBeat("worker:0", queued_chunks=n, queued_bytes=n * 10, at=100.0 + n) for n in (1, 9, 2)]
+    node = node_of(board_of(running(), *beats))
+    assert (node.queued_chunks, node.queued_bytes) == (2, 20)
+
+
+def test_the_rows_of_an_epoch_are_remembered_once_known():
+    board = board_of(running(), NodeBeat("worker:0", rows_per_epoch=50, at=101), NodeBeat("worker:0", at=102))
+    assert node_of(board).rows_per_epoch == 50
 
 
 def test_time_before_the_function_runs_is_not_waiting():
@@ -147,7 +188,7 @@ def epoch(number, node="chief:0", **values):
     return MetricsReported(node, values, epoch=number)
 
 
-def test_history_comes_from_the_first_node_that_reports_epochs():
+def test_history_is_the_mean_of_the_nodes_that_have_reported_an_epoch():
     board = board_of(
         MetricsReported("worker:1", {"loss": 9.0}, step=1),
         epoch(1, loss=2.0),
@@ -155,8 +196,55 @@ def test_history_comes_from_the_first_node_that_reports_epochs():
         epoch(2, "worker:0", loss=3.0),
         epoch(2, loss=1.0),
     )
-    assert board.view().history == {"loss": (2.0, 1.0)}
+    assert board.view().history == {"loss": (2.5, 2.0)}
     assert board.view().epoch == 2
+
+
+@pytest.mark.parametrize("nodes", [3, 7, 10])
+def test_the_mean_of_what_all_nodes_agree_on_is_exactly_that(nodes):
+    board = board_of(*(epoch(1, f"worker:{index}", loss=0.1) for index in range(nodes)))
+    assert board.view().history == {"loss": (0.1,)}
+
+
+def report(step, node="worker:0", **values):
+    return MetricsReported(node, values, step=step)
+
+
+def test_a_trace_is_the_mean_of_what_every_node_reported_last():
+    board = board_of(
+        report(1, loss=4.0), report(1, "worker:1", loss=2.0), report(2, loss=2.0), report(9, "worker:1", loss=1.0)
+    )
+    assert board.view().trace == {"loss": ((1, 4.0), (2, 2.0))}
+
+
+def test_a_trace_of_any_length_stays_small_and_keeps_both_ends():
+    board = StatusBoard()
+    for step in range(5000):
+        board.apply(report(step, loss=float(step)))
+    trace = board.view().trace["loss"]
+    assert len(trace) <= 98
+    assert (trace[0], trace[-1]) == ((0, 0.0), (4999, 4999.0))
+    gaps = {second[0] - first[0] for first, second in pairwise(trace[:-1])}
+    assert len(gaps) == 1  # evenly thinned
+
+
+def test_a_trace_of_reports_without_steps_counts_them():
+    board = board_of(*(MetricsReported("worker:0", {"loss": 1.0}) for _ in range(3)))
+    assert [step for step, _ in board.view().trace["loss"]] == [1, 2, 3]
+
+
+def test_a_second_fit_begins_the_trace_anew():
+    board = board_of(report(1, loss=3.0), report(2, loss=2.0), report(1, loss=9.0))
+    assert board.view().trace == {"loss": ((1, 9.0),)}
+
+
+def test_rows_and_steps_at_an_epochs_end_are_remembered():
+    board = board_of(
+        running(), NodeBeat("worker:0", rows_consumed=100, at=101), report(7, loss=1.0), epoch(1, "worker:0", loss=1.0)
+    )
+    board.apply(NodeBeat("worker:0", rows_consumed=120, at=102))
+    board.apply(epoch(1, "worker:1", loss=1.0))  # later, for the same epoch
+    assert (board.view().marked_rows, board.view().marked_step) == (100, 7)
 
 
 def test_a_metric_that_an_epoch_lacks_leaves_a_gap():

@@ -93,9 +93,19 @@ def test_every_fact_of_a_run_is_drawn(draw):
     drawn = draw(view_at(17.3, wait=0.63, gpu=True)).replace("\N{NO-BREAK SPACE}", " ")
     for fact in ("tfos_train · 4 nodes", "training", "epoch 3 of 5", "17 s", "rows/s", "input-bound: nodes wait 68 %"):
         assert fact in drawn
-    for fact in ("chief:0", "worker:2", "10.0.0.4", "running", "24,000", "172 %", "1.3 GiB", "87 % · 31.2 GiB"):
+    for fact in ("45 % · epoch 3: 25 % · about 15 s left", "chief:0", "worker:2", "10.0.0.4", "running", "158 %"):
         assert fact in drawn
-    for fact in ("loss 0.6990", "104/240", "█", "val"):
+    for fact in ("40,105", "1.3 GiB", "80 %", "▇▆▇▇▆▇▇▆▇▇", "31/40 GiB", "287 W · 64 °C"):
+        assert fact in drawn
+    for fact in ("step 520", "loss 0.6769", "104/240", "validation"):
+        assert fact in drawn
+
+
+@pytest.mark.parametrize("draw", [render_html, lambda view: render_text(view, width=120)])
+def test_what_the_feed_does_is_drawn(draw):
+    drawn = draw(view_at(10.3, wait=0.02, held=0.595)).replace("\N{NO-BREAK SPACE}", " ")
+    assert "compute-bound: the feed waits 71 % for the nodes" in drawn
+    for fact in ("6 · 24 MiB", "71 %", "2 %", "████"):
         assert fact in drawn
 
 
@@ -115,6 +125,18 @@ def test_a_node_that_goes_silent_is_told(draw):
 
 
 @pytest.mark.parametrize("draw", [render_html, render_text])
+def test_a_heartbeat_that_is_late_is_told_before_it_is_alarming(draw):
+    view = view_at(17)
+    assert "heard" not in re.sub(r'title="[^"]*"', "", draw(view))
+    assert "running, not heard for 4 s" in draw(replace(view, now=view.now + 4))
+
+
+def test_the_age_of_the_heartbeat_can_always_be_looked_up():
+    assert render_html(view_at(17.3), live=True).count('title="last heartbeat 0 s ago"') == 4
+    assert "heartbeat" not in render_html(finished().view())
+
+
+@pytest.mark.parametrize("draw", [render_html, render_text])
 @pytest.mark.parametrize("view", [BoardView(), BoardView(outcome="failed", message="no Spark"), view_at(0)])
 def test_a_run_that_has_hardly_begun_can_be_drawn(draw, view):
     assert draw(view)
@@ -126,7 +148,17 @@ def test_the_worst_of_many_nodes_come_first_and_the_rest_is_summed_up(draw):
     nodes = [replace(node, state=NodeState.WAITING) if node.name == "worker:50" else node for node in view.nodes]
     drawn = draw(replace(view, nodes=tuple(nodes)))
     assert drawn.index("worker:50") < drawn.index("worker:4")
-    assert "48 more nodes: 48 running" in drawn
+    assert "48 more nodes: 48 running" in drawn or "48 more: running" in drawn
+
+
+def test_the_many_that_need_no_attention_are_one_line_for_each_state():
+    view = view_at(14, nodes=64)
+    nodes = [
+        replace(node, state=NodeState.WAITING) if 20 <= index < 40 else node for index, node in enumerate(view.nodes)
+    ]
+    drawn = Tree(render_html(replace(view, nodes=tuple(nodes)), live=True)).text
+    assert "4 more: waiting for data" in drawn
+    assert "44 more: running" in drawn
 
 
 def test_sixteen_nodes_stay_in_their_order():
@@ -169,7 +201,9 @@ def test_sizes(size, shown):
     [
         ((), "–"),
         ((GpuSample(0),), "–"),
-        ((GpuSample(0, "A", 87.4, 2**31, 2**34),), "87 % · 2.0 GiB"),
+        ((GpuSample(0, "A", 87.4, 2**31, 2**34),), "87 % · 2.0/16 GiB"),
+        ((GpuSample(0, "A", 87.4, 31 * 2**30, 80 * 2**30),), "87 % · 31/80 GiB"),
+        ((GpuSample(0, "A", 87.4),), "87 %"),
         ((GpuSample(0, "A", 80.0, 2**30), GpuSample(1, "A", 90.0, 2**30)), "2 × 85 % · 2.0 GiB"),
         ((GpuSample(0, "MIG", None, 2**30),), "– · 1.0 GiB"),
     ],
@@ -178,10 +212,20 @@ def test_gpus_are_told_as_far_as_they_are_known(samples, shown):
     assert words.gpu(samples) == shown
 
 
+def test_power_is_of_all_gpus_and_temperature_of_the_hottest():
+    samples = (GpuSample(0, power_watts=300.4, temperature_celsius=64), GpuSample(1, power_watts=10))
+    assert words.gpu_heat(samples) == "310 W · 64 °C"
+    assert words.gpu_heat((GpuSample(0, temperature_celsius=64),)) == "64 °C"
+    assert words.gpu_heat((GpuSample(0),)) == ""
+
+
 def test_which_side_is_slow_is_told_only_when_it_is_clear():
     assert words.bottleneck(view_at(17, wait=0.6)).startswith("input-bound")
     assert words.bottleneck(view_at(17, wait=0.2)) == ""
-    assert words.bottleneck(view_at(17, wait=0.01)).startswith("compute-bound")
+    assert words.bottleneck(view_at(17, wait=0.01)) == "compute-bound: data is there in time (nodes wait 1 %)"
+    assert words.bottleneck(view_at(17, wait=0.25, held=0.3)) == ""
+    assert words.bottleneck(view_at(17, wait=0.25, held=0.6)).startswith("compute-bound")  # it waited at the begin
+    assert words.bottleneck(view_at(17, wait=0.01, held=0.6)) == "compute-bound: the feed waits 65 % for the nodes"
     assert words.bottleneck(view_at(6, wait=0.6)) == ""  # too early to judge
 
 
@@ -190,6 +234,47 @@ def test_epochs_are_told_only_if_somebody_counts_them():
     assert words.epoch(view_at(11)) == "epoch 2 of 5"
     assert words.epoch(finished().view()) == "5 of 5 epochs"
     assert words.epoch(BoardView(epochs=1, epoch=3)) == "epoch 3 of 3"
+
+
+def told(view: BoardView) -> str:
+    known = words.progress(view)
+    return words.progress_told(view, known) if known else ""
+
+
+def test_progress_is_that_of_the_rows_and_needs_an_epochs_length():
+    assert told(view_at(6.3)) == ""  # the feed goes on: nobody knows how many rows there will be
+    assert told(view_at(8.3)) == "14 % · epoch 1: 69 %"  # too early to foretell
+    assert told(view_at(20.3)) == "55 % · epoch 3: 77 % · about 15 s left"
+    assert told(finished().view()) == ""
+
+
+def test_the_time_left_is_about_right():
+    for second in (12.3, 18.3, 24.3, 30.3):
+        left = words.progress(view_at(second)).left_s
+        assert left == pytest.approx(34.2 - second, abs=3)
+
+
+def test_rows_that_nobody_uses_do_not_slow_an_epoch_down():
+    """The validation rows are in the feed, too; a function need not use them."""
+    view = view_at(17.3)
+    nodes = tuple(replace(node, rows_per_epoch=2 * node.rows_per_epoch) for node in view.nodes)
+    known = words.progress(replace(view, nodes=nodes))
+    assert known.share == pytest.approx(words.progress(view).share, abs=0.03)
+
+
+def test_without_a_feed_steps_tell_how_far_an_epoch_is():
+    nodes = (NodeView("chief:0", NodeState.RUNNING, step=250, running_since=100.0),)
+    view = BoardView(epochs=4, epoch=2, marked_step=200, nodes=nodes, now=130.0)
+    assert told(view) == "62 % · epoch 3: 50 % · about 20 s left"
+    assert told(replace(view, epoch=None, marked_step=None)) == ""
+    assert told(replace(view, epoch=5)) == ""  # more epochs than the line said: nobody knows how many
+
+
+def test_no_progress_is_made_up_when_more_is_trained_than_the_line_said():
+    view = view_at(17.3)
+    assert told(replace(view, epoch=None, epochs=3, history={})) == "75 % · epoch 3: 25 % · about 5 s left"
+    assert told(replace(view, epoch=None, epochs=1, history={})) == ""
+    assert told(replace(view, epochs=1, epoch=1)) == ""
 
 
 def test_a_sparkline_spans_its_range_and_shows_gaps():
@@ -212,7 +297,7 @@ def test_every_state_has_a_mark_a_place_and_words():
 
 def evil_view() -> tuple[BoardView, dict[str, tuple[str, ...]]]:
     gpu = MachineSample(1.0, 2, (GpuSample(0, EVIL, 1.0, 1, 1),))
-    values = {EVIL: 1.0, "b": 2.0, "c": 3.0}
+    values = {EVIL: 1.0, "b": 2.0, "c": 3.0, "d": 1.0, "e": 1.0, "f": 1.0}
     node = NodeView(EVIL, NodeState.FAILED, EVIL, EVIL, 1, 1, 1.0, 1.0, gpu, values, last_line=EVIL)
     view = BoardView(EVIL, EVIL, nodes=(node, replace(node, state=NodeState.RUNNING)), history={EVIL: (1.0, 2.0)})
     return replace(view, outcome="failed", message=EVIL), {EVIL: (EVIL, EVIL)}
@@ -227,9 +312,13 @@ def test_nothing_from_outside_becomes_markup(live, outcome):
     html.encode()  # no lone surrogates: the transport would stumble over them
     tree = Tree(html)
     assert {tag for tag, _ in tree.tags} <= {
-        "div", "table", "caption", "thead", "tbody", "tr", "th", "td", "span", "b", "pre", "details", "summary"
+        "div", "table", "caption", "thead", "tbody", "tr", "th", "td", "span", "b", "pre", "details", "summary", "img"
     }  # fmt: skip
-    assert {name for _, attrs in tree.tags for name in attrs} <= {"class", "style", "scope", "title", "open"}
+    assert {name for _, attrs in tree.tags for name in attrs} <= {
+        "class", "style", "scope", "title", "open", "rowspan", "colspan", "aria-hidden", "tabindex",
+        "alt", "src", "width", "height",
+    }  # fmt: skip
+    assert all(attrs["src"].startswith("data:image/svg+xml;base64,") for tag, attrs in tree.tags if tag == "img")
 
 
 @pytest.mark.parametrize("view", [view_at(17), finished(fail="worker:1").view(), finished(nodes=64).view()])
@@ -241,10 +330,26 @@ def test_html_is_well_formed_and_its_tables_have_heads(view):
     assert not any("var(" in (attrs.get("style") or "") for _, attrs in tree.tags)
 
 
-def test_every_row_has_a_cell_for_every_column():
-    html = render_html(view_at(17))
+@pytest.mark.parametrize("view", [view_at(2), view_at(17), view_at(17, gpu=True), finished().view()])
+def test_every_row_has_a_cell_for_every_column(view):
+    html = render_html(view)
     table = html[: html.index("</table>")]
-    assert table.count("<td ") == 4 * table.count('scope="col"')
+    columns = table.count('scope="col"')
+    rows = [row for row in table.split("<tr ")[2:] if row]
+    widths = []
+    for row in rows:
+        spans = [int(span) for span in re.findall(r'colspan="(\d+)"', row)]
+        widths.append(row.count("<td ") + row.count("<th ") + sum(spans) - len(spans) + ("colspan" in row))
+    assert set(widths) == {columns}
+    assert len(rows) == 4 * (1 + ('rowspan="2"' in table))
+
+
+def test_a_column_of_which_there_is_nothing_to_say_is_not_there():
+    assert ">GPU</th>" not in render_html(view_at(17))
+    assert ">GPU</th>" in render_html(view_at(17, gpu=True))
+    assert ">queued</th>" not in render_html(view_at(2))
+    assert ">queued</th>" in render_html(view_at(17))
+    assert ">queued</th>" not in render_html(finished().view())
 
 
 def test_a_long_line_is_cut_and_whole_in_its_title():
@@ -274,8 +379,9 @@ def test_nothing_folds_in_a_live_frame():
     assert "<details" not in render_html(view_at(14, nodes=64), live=True)
 
 
-def test_a_live_frame_of_8_nodes_is_small():
-    assert len(render_html(view_at(17, nodes=8), live=True).encode()) < 16_000
+@pytest.mark.parametrize("gpu", [False, True])
+def test_a_live_frame_of_8_nodes_is_small(gpu):
+    assert len(render_html(view_at(17, nodes=8, gpu=gpu), live=True).encode()) < 20 * 1024  # one a second at least
 
 
 # --- text -------------------------------------------------------------------------------------------------
@@ -455,7 +561,8 @@ def test_a_terminal_gets_a_line_per_change_and_no_flood():
             if isinstance(event, NodeLogged) and event.node == "worker:62":
                 live._surface.update(board.view())
         for flip in range(100):
-            board.apply(NodeChanged("chief:0", NodeState.WAITING if flip % 2 else NodeState.RUNNING))
+            pause = NodeState.SAVING if flip % 4 == 1 else NodeState.WAITING
+            board.apply(NodeChanged("chief:0", pause if flip % 2 else NodeState.RUNNING))
             live._surface.update(board.view())
     said = out.getvalue()
     lines, table = said[: said.index("\n\n")].split("\n"), said[said.index("\n\n") :]
@@ -527,8 +634,9 @@ def test_updates_leave_the_kernel_while_the_cell_blocks(kernel):
     client, _ = kernel
     msg_id = client.execute(play_cell(speed=6))
     seen = list(messages_until_idle(client, msg_id))
-    shown = [content for _, kind, content in seen if kind == "display_data"]
-    updates = [(at, content) for at, kind, content in seen if kind == "update_display_data"]
+    drawn = [message for message in seen if "tfos-board" in message[2].get("data", {}).get("text/html", "")]
+    shown = [content for _, kind, content in drawn if kind == "display_data"]
+    updates = [(at, content) for at, kind, content in drawn if kind == "update_display_data"]
     assert len(shown) == 1
     assert len(updates) >= 4
     assert updates[-1][0] - updates[0][0] > 1  # not all at once at the end
@@ -545,7 +653,7 @@ def test_an_interrupt_leaves_the_record_and_the_next_cell_works(kernel):
     msg_id = client.execute(play_cell(speed=1))
     bundle = {}
     for _, kind, content in messages_until_idle(client, msg_id):
-        if kind == "update_display_data":
+        if kind == "update_display_data" and "tfos-board" in content["data"].get("text/html", ""):
             bundle = content["data"]
             if "importing" in bundle["text/html"]:
                 manager.interrupt_kernel()

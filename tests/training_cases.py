@@ -8,6 +8,7 @@ distributed model is from it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -66,6 +67,9 @@ class Context:
 
     def report_epoch(self, epoch: int, logs: dict[str, float]) -> None:
         self.epochs.append((epoch, dict(logs)))
+
+    def saving(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
 
 # --- data -----------------------------------------------------------------------------------------------------

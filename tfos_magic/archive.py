@@ -37,6 +37,7 @@ _LEFT_OUT = frozenset(
         "notebook",
         "runs_magic",
         "standing",
+        "tensorboard_magic",
         "widgets",
     }
 )
@@ -44,7 +45,7 @@ _LEFT_OUT = frozenset(
 _SOURCE_ONLY = frozenset(
     {"TFCluster", "TFParallel", "cluster", "dfutil", "failures", "feeding", "inference", "java", "jobs", "launching"}
     | {"members", "namedtuple_jobs", "namedtuple_session", "pipeline", "pipeline_files", "pipeline_params", "pynvml"}
-    | {"queues", "result", "roles", "session"}
+    | {"queues", "result", "roles", "session", "background", "logbook", "scalars", "tensorboard_server"}
 )
 """What an executor imports seldom or never goes without bytecode."""
 

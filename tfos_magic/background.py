@@ -7,8 +7,9 @@ Runs on: driver. Knows nothing of IPython: what shows a run is given to it.
     r.stop(), %tfos_stop ─────────── sets ───────►│ RunStoppedError, when all nodes are gone
     r.wait(), r.result() ◄────────────────────────┘ the result, or the run's error
 
-The board hears of the end first, then it is drawn for the last time, then those who wait go on. The thread is a
-daemon: it never keeps the kernel alive, and nodes whose driver is gone end at once.
+What nodes print goes to the board, which keeps the last 2,000 lines of each, and to the run's log book: files that last
+until the run is forgotten. The board hears of the end first, then it is drawn for the last time, then those who wait go
+on. The thread is a daemon: it never keeps the kernel alive, and nodes whose driver is gone end at once.
 """
 
 from __future__ import annotations
@@ -24,14 +25,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from tfos_magic.errors import RunStoppedError, StillRunningError, TfosError, UsageError
-from tfos_magic.status import LEFT_OUT, RunEnded, StatusBoard
+from tfos_magic.logbook import LogBook, remove_abandoned
+from tfos_magic.status import LEFT_OUT, RunEnded, StatusBoard, left_out_before
 
 if TYPE_CHECKING:
+    from pathlib import Path
     from types import TracebackType
 
     from tfos_magic.result import RunResult
 
-_KEPT = 3  # of the runs that have ended: their boards hold up to 2,000 lines of each node
+_KEPT = 3  # of the runs that have ended: their boards hold up to 2,000 lines of each node, their files 16 MiB
+_LINES_IN_MEMORY = 2000
 _ERROR_CHARS = 200
 
 
@@ -112,14 +116,17 @@ class BackgroundRun:
     def logs(
         self, node: str | None = None, *, tail: int | None = None, grep: str | None = None
     ) -> dict[str, tuple[str, ...]]:
-        """Return the lines that nodes wrote, as far as they are kept: the last 2,000 of each.
+        """Return lines that nodes wrote.
+
+        They come from the log files as long as this is one of the notebook's last runs (:attr:`log_files`), after that
+        from memory: then they are among the last 2,000 of each node.
 
         Parameters
         ----------
         node : str, optional
             Of this node alone, e.g. ``worker:1``, or of all nodes of this role, e.g. ``worker``.
         tail : int, optional
-            No more than so many lines of each node, the last ones.
+            No more than so many lines of each node, the last ones; without `grep` 2,000 by default.
         grep : str, optional
             Only lines in which this regular expression is found.
 
@@ -134,6 +141,14 @@ class BackgroundRun:
             There is no such node, or `grep` is no regular expression.
         """
         return lines_of(self._board, node, tail=tail, grep=grep)
+
+    @property
+    def log_files(self) -> dict[str, Path]:
+        """Node → the file of its newest lines, older ones beside it as ``….log.1``; empty when they are gone.
+
+        They last as long as the run is one that ``%tfos_status`` shows: until three newer ones have ended.
+        """
+        return self._board.store.paths if self._board.store is not None else {}
 
     def __repr__(self) -> str:
         view = self._board.view()
@@ -254,15 +269,16 @@ def _in_a_line(error: BaseException) -> str:
 
 
 class Runs:
-    """The runs of one notebook; owner of those in the background.
+    """The runs of one notebook; owner of those in the background, and of the files with the output of all.
 
-    Of runs that have ended the boards are kept, of the last three: results are their handles' business.
+    Of runs that have ended boards and files are kept, of the last three: results are their handles' business.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # a run ends in its own thread
         self._numbers = itertools.count(1)
         self._boards: dict[str, StatusBoard] = {}  # in the order of their beginnings
+        self._books: dict[str, LogBook] = {}
         self._running: dict[str, BackgroundRun] = {}
 
     @property
@@ -352,10 +368,20 @@ class Runs:
             run.stop()
         return found
 
+    def close(self) -> None:
+        """Forget all runs; none may go on."""
+        with self._lock:
+            for name in list(self._boards):
+                self._forget(name)
+
     def _add(self, name: str, board: StatusBoard) -> None:
         with self._lock:
-            self._boards.pop(name, None)
+            if not self._books:
+                remove_abandoned()
+            if name in self._boards:
+                self._forget(name)
             self._boards[name] = board
+            board.store = self._books[name] = LogBook()
 
     def _has_ended(self, run: BackgroundRun) -> None:
         with self._lock:
@@ -366,7 +392,11 @@ class Runs:
         with self._lock:
             ended = [name for name in self._boards if name not in self._running]
             for name in ended[:-_KEPT]:
-                del self._boards[name]
+                self._forget(name)
+
+    def _forget(self, name: str) -> None:
+        del self._boards[name]
+        self._books.pop(name).close()
 
 
 # --- lines ----------------------------------------------------------------------------------------------------
@@ -378,10 +408,20 @@ def lines_of(
     """Return kept lines of nodes; parameters and errors as in :meth:`BackgroundRun.logs`."""
     pattern = _compiled(grep)
     chosen = nodes_of(board, node)
+    if board.store is not None:
+        last = _LINES_IN_MEMORY if tail is None and pattern is None else tail
+        read = {name: board.store.read(name, last, pattern) for name in chosen}
+        kept = {name: _noted(*each) for name, each in read.items() if each is not None}
+        if len(kept) == len(chosen):  # else the files are gone
+            return {name: lines for name, lines in kept.items() if lines}
     if pattern is None:
         return {name: lines for name, lines in board.all_logs(tail).items() if name in chosen}
     found = {name: _matching(lines, pattern, tail) for name, lines in board.all_logs().items() if name in chosen}
     return {name: lines for name, lines in found.items() if lines}
+
+
+def _noted(lines: Sequence[str], left_out: int) -> tuple[str, ...]:
+    return (left_out_before(left_out), *lines) if lines and left_out else tuple(lines)
 
 
 def nodes_of(board: StatusBoard, node: str | None = None) -> list[str]:
@@ -418,9 +458,8 @@ def _compiled(grep: str | None) -> re.Pattern[str] | None:
 
 def _matching(lines: Sequence[str], pattern: re.Pattern[str], tail: int | None) -> tuple[str, ...]:
     """Return the lines that match; lines that are gone may have matched, and count as left out."""
-    gone = LEFT_OUT.fullmatch(lines[0]) if lines else None
-    left_out = int(gone[1].replace(",", "")) if gone else 0
-    found = [line for line in lines[1 if gone else 0 :] if pattern.search(line)]
+    notes = [LEFT_OUT.fullmatch(line) for line in lines]
+    left_out = sum(int(note[1].replace(",", "")) for note in notes if note)
+    found = [line for line, note in zip(lines, notes, strict=True) if not note and pattern.search(line)]
     shown = found if tail is None else found[max(0, len(found) - tail) :]
-    left_out += len(found) - len(shown)
-    return (f"… {left_out:,} earlier lines left out", *shown) if shown and left_out else tuple(shown)
+    return _noted(shown, left_out + len(found) - len(shown))

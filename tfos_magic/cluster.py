@@ -567,8 +567,22 @@ def plan(spark: Any, options: RunOptions) -> list[str]:
         f"{slots} task slots, {slots - free} busy now; {held}"
         if slots >= len(names)
         else f"too few slots: {len(names)} needed, {slots} there",
+        *_plan_of_gpus(context, options),
         f"driver address {session.driver_address(context)[1]}, Spark {context.version}",
     ]
+
+
+def _plan_of_gpus(context: Any, options: RunOptions) -> list[str]:
+    """Return what can be said of GPUs before executors are asked: nothing where nobody named any."""
+    amount, wanted = context.getConf().get("spark.task.resource.gpu.amount"), options.gpus_per_node
+    if amount is None:
+        each = "each node hides its host's GPUs" if wanted == 0 else f"{wanted} free ones of its host for each node"
+        return [] if wanted is None else [f"GPUs: {each} (--gpus-per-node)"]
+    assigned = max(1, int(float(amount)))  # less than 1: several tasks share one
+    line = f"GPUs: Spark assigns {assigned} to each node (spark.task.resource.gpu.amount={amount})"
+    if wanted is None:
+        return [line]
+    return [f"{line}, too few for --gpus-per-node {wanted}" if wanted > assigned else f"{line}; it uses {wanted}"]
 
 
 __all__ = ["Cluster", "RunOptions", "check", "modules_to_preload", "plan", "run"]

@@ -12,6 +12,7 @@ UsageError                      the magic's line or an argument is wrong; nothin
 SessionError                    no usable Spark session, or a kind that cannot run nodes
 ShippingError                   something the function uses cannot travel; Spark was not asked
 TooFewSlotsError                the nodes do not fit on the cluster
+GpuError                        a node cannot have the GPUs that --gpus-per-node asks for
 RendezvousError                 nodes and driver could not meet
 EnvironmentMismatchError        Python or a module differs between driver and executors
 DataError                       a DataFrame column cannot become a tensor
@@ -128,6 +129,26 @@ class TooFewSlotsError(TfosError):
         super().__init__(fact, cause=cause, hint=hint)
         self.needed = needed
         self.available = available
+
+
+class GpuError(TfosError):
+    """A node cannot have the GPUs that it was to have; nothing ran on it.
+
+    Attributes
+    ----------
+    node : str
+        ``chief:0``, ``worker:2``, …
+    host : str
+    """
+
+    def __init__(self, fact: str, *, node: str = "", host: str = "", cause: str = "", hint: str = "") -> None:
+        super().__init__(fact, cause=cause, hint=hint)
+        self.node = node
+        self.host = host
+
+    def to_json(self) -> dict[str, str]:
+        """Return what :class:`GpuError` takes, for the way to the driver."""
+        return {"fact": self.fact, "node": self.node, "host": self.host, "cause": self.cause, "hint": self.hint}
 
 
 class RendezvousError(TfosError):

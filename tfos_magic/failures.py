@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from tfos_magic.errors import (
     EnvironmentMismatchError,
+    GpuError,
     NodeError,
     NodeKilledError,
     NodeLostError,
@@ -62,7 +63,8 @@ class Failure:
     ----------
     kind : str
         ``user`` (the function raised), ``import`` (TensorFlow cannot be imported), ``exited`` (no result and
-        no exception), ``lost`` (the agent is gone), ``agent`` (a fault of this package), ``feed``, ``launch``.
+        no exception), ``lost`` (the agent is gone), ``agent`` (a fault of this package), ``gpu`` (it cannot have those
+        that it should), ``feed``, ``launch``.
     node : int or None
         Index of the node.
     code : int or None
@@ -82,6 +84,8 @@ class Failure:
     def from_report(cls, node: int, header: Mapping[str, object]) -> Failure:
         """Read a node's ``failure`` message."""
         data = json.loads(json.dumps(header))
+        if data["kind"] == "gpu":
+            return cls("gpu", node=node, error=GpuError(**data["error"]))
         return cls(
             kind=data["kind"],
             node=node,

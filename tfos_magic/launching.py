@@ -32,6 +32,7 @@ class Launch:
     def __init__(self, context: SparkContext, options: RunOptions, nodes: Sequence[Member]) -> None:
         self._context = context
         self._options = options
+        self._names = [node.name for node in nodes]
         self._local = [node.index for node in nodes if options.ps_on_driver and node.role.job_name == "ps"]
         self._remote = [node.index for node in nodes if node.index not in self._local]
         self._slots = 0
@@ -83,7 +84,10 @@ class Launch:
             "keep_env": session.kept_environment(self._context),
             "default_fs": session.default_file_system(self._context),
             "preload": self._options.preload,
+            "nodes": self._names,
+            "gpus_per_node": self._options.gpus_per_node,
             "hold": self._is_holding(),
+            "num_nodes": self._options.num_nodes,
         }
         self._local_nodes = LocalNodes(self._local, {**config, "hold": True}, payload)
         task = functools.partial(archive.by_value("tfos_magic.node.launch:launch", archive.build()), config, payload)

@@ -41,6 +41,7 @@ from tfos_magic.notebook import Notebook
 from tfos_magic.runs_magic import RunsMagic, count_nodes, raise_errors, tell_errors
 from tfos_magic.standing import StandingInferences
 from tfos_magic.status import RunPlanned, StatusBoard
+from tfos_magic.tensorboard_magic import TensorBoardMagic
 
 if TYPE_CHECKING:
     from IPython.core.completer import CompletionContext, SimpleMatcherResult
@@ -49,7 +50,8 @@ if TYPE_CHECKING:
     from tfos_magic.cluster import RunOptions
     from tfos_magic.namedtuple_jobs import CleanJobs
     from tfos_magic.namedtuple_session import SessionStatus
-    from tfos_magic.result import NodeInfo
+    from tfos_magic.result import NodeInfo, RunResult
+    from tfos_magic.scalars import ScalarLog
     from tfos_magic.shipping import Payload
 
 _MAGICS = {
@@ -69,7 +71,9 @@ _SERVICES = frozenset(
         "namedtuple_jobs",
         "namedtuple_patch",
         "namedtuple_session",
+        "scalars",
         "session",
+        "tensorboard_server",
         "widgets",
     }
 )
@@ -116,6 +120,7 @@ class Extension:
         self._runs = RunsMagic(shell, services, self._standing)
         self._clean_jobs: CleanJobs = services.namedtuple_jobs.CleanJobs()
         self._doctor = DoctorMagic(shell, self._notebook, services)
+        self._tensorboard = TensorBoardMagic(shell, services)
 
     # --- coming and going ---
 
@@ -147,6 +152,7 @@ class Extension:
         self._clean_jobs.close()
         self._services.namedtuple_patch.restore()
         self._runs.stop_all()
+        self._tensorboard.close()
         if contexts := self._clean_jobs.touched():
             for problem in self._services.namedtuple_session.restore_workers(contexts):
                 print(f"The namedtuple patch could not be put back in all Python workers. {problem}", file=sys.stderr)
@@ -323,6 +329,8 @@ class Extension:
         run = functools.partial(
             self._services.cluster.run, spark, payload, options, data=data, board=board, cell_names=cell_names
         )
+        if wanted.tensorboard_dir is not None:
+            run = functools.partial(_logged, run, self._tensorboard.begin(wanted.tensorboard_dir, name, board))
         if wanted.is_background:
             return self._runs.start(name, board, lambda stop: run(stop=stop), quiet=wanted.is_quiet)
         with (
@@ -452,6 +460,12 @@ def give_help_a_body(lines: list[str]) -> list[str]:
 
 # Without this a terminal would ask this function whether the cell is complete, and never wait for its second line.
 give_help_a_body.has_side_effects = True  # type: ignore[attr-defined]  # IPython asks the function
+
+
+def _logged(run: Callable[..., RunResult], log: ScalarLog, **options: Any) -> RunResult:
+    """Run with all events in the log."""
+    with log:
+        return run(on_event=log.take, **options)
 
 
 def _words(line: str, magic: Callable[..., Any]) -> list[str]:

@@ -194,6 +194,10 @@ class Member:
                 rows_received=header["rows_received"],
                 rows_consumed=header.get("rows_consumed", 0),
                 wait_s=header.get("wait_s", 0.0),
+                queued_chunks=header.get("queued_chunks", 0),
+                queued_bytes=header.get("queued_bytes", 0),
+                feed_wait_s=header.get("feed_wait_s", 0.0),
+                rows_per_epoch=header.get("rows_per_epoch"),
                 machine=MachineSample(**machine, gpus=gpus),
             )
         )

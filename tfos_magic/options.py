@@ -54,6 +54,8 @@ class RunOptions:
         False, for independent nodes: they start as slots come, so there may be more of them than slots.
     ps_on_driver : bool
         Parameter servers run as processes of the driver's machine and take no slot.
+    gpus_per_node : int, optional
+        Of each node but parameter servers. None: those that Spark assigned to its task, else one where one is free.
     tensorboard : str, optional
         Run TensorBoard beside the chief, for this directory there; empty for its working directory.
     release_port : bool
@@ -85,6 +87,7 @@ class RunOptions:
     is_independent: bool = False
     waits_for_all: bool = True
     ps_on_driver: bool = False
+    gpus_per_node: int | None = None
     tensorboard: str | None = None
     preload: tuple[str, ...] = ("tensorflow",)
     title: str = "tfos_magic"
@@ -93,6 +96,8 @@ class RunOptions:
         for name in ("num_nodes", "epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
+        if self.gpus_per_node is not None and self.gpus_per_node < 0:
+            raise UsageError(f"gpus_per_node is {self.gpus_per_node}; it must be 0 or more.")
         if self.timeout_s is not None and self.timeout_s <= 0:
             raise UsageError(f"timeout_s is {self.timeout_s:g}; it must be more than 0.")
         self.roles()

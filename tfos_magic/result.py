@@ -9,6 +9,7 @@ import html
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from tfos_magic.errors import ResultError
@@ -43,8 +44,8 @@ class RunResult:
     nodes : tuple of NodeInfo
         In node order: chief, workers, parameter servers, evaluator.
     history : dict of str to list of float
-        Metric → its value after each epoch, as in Keras' own ``History.history``; in a run without epochs, what one
-        node gave to ``ctx.report``, in that order.
+        Metric → its value after each epoch, as in Keras' own ``History.history``: the mean over the nodes, which under
+        ``ctx.distribute`` all have the same. In a run without epochs, what one node gave to ``ctx.report``, in order.
     timings : dict of str to float
         Seconds of each phase, from the start of the cell: see :data:`tfos_magic.cluster.Cluster`.
     """
@@ -76,8 +77,17 @@ class RunResult:
 
     @property
     def logs(self) -> dict[str, tuple[str, ...]]:
-        """Node → the last lines of its output, oldest first."""
+        """Node → the last 2,000 lines of its output, oldest first."""
         return {node.name: self.board.logs(node.name) for node in self.nodes}
+
+    @property
+    def log_files(self) -> dict[str, Path]:
+        """Node → the file of the newest lines that it wrote, older ones beside it as ``….log.1``; of those that wrote.
+
+        They are there while the run is one of the last three that have ended in the notebook, empty after that and in
+        scripts: see :mod:`tfos_magic.logbook`.
+        """
+        return self.board.store.paths if self.board.store is not None else {}
 
     def __repr__(self) -> str:
         facts = [f"{len(self.nodes)} nodes", f"{self.timings.get('total', 0.0):.1f} s"]

@@ -90,8 +90,11 @@ class RunsMagic:
         raise_errors(self._stop(names if words else stoppable))
 
     def stop_all(self) -> None:
-        """Stop all; what goes wrong is told, and no more."""
-        tell_errors(self._stop(self.stoppable))
+        """Stop all and forget all; what goes wrong is told, and no more."""
+        try:
+            tell_errors(self._stop(self.stoppable))
+        finally:
+            self.runs.close()
 
     def _stop(self, names: Sequence[str]) -> list[Stopped]:
         try:

@@ -15,16 +15,23 @@ import re
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from itertools import islice
+from itertools import chain, islice
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 _WINDOW_S = 5.0  # rows/s is taken over this much of the near past: long enough to be calm, short enough to be now
 _LINE_CHARS_KEPT = 2000
 _REPORTS_KEPT = 10_000
-LEFT_OUT = re.compile(r"… ([\d,]+) earlier lines left out")
-"""The first line of a node's log when it is not the first that the node wrote."""
+_SAMPLES_KEPT = 20  # of what the board draws as a small line in a node's row
+_SAMPLE_EVERY_S = 0.9  # nearly every second beat: the line shows twenty seconds
+_TRACE_POINTS = 96
+LEFT_OUT = re.compile(r"… ([\d,]+) (?:earlier lines left out|lines left out here)")
+"""A line that stands for others; as the first of a node's log: it is not the first that the node wrote."""
 
 
 class NodeState(str, Enum):
@@ -36,6 +43,7 @@ class NodeState(str, Enum):
     MEETING = "meeting the others"
     RUNNING = "running"
     WAITING = "waiting for data"
+    SAVING = "saving"
     FINISHED = "finished, waiting for the others"
     DONE = "done"
     FAILED = "failed"
@@ -72,6 +80,12 @@ class MachineSample:
     """100 is one core kept busy."""
     memory_bytes: int | None = None
     gpus: tuple[GpuSample, ...] = ()
+
+    @property
+    def gpu_percent(self) -> float | None:
+        """Mean utilisation of the GPUs; None where none says."""
+        loads = [gpu.utilization_percent for gpu in self.gpus if gpu.utilization_percent is not None]
+        return sum(loads) / len(loads) if loads else None
 
 
 # --- events -----------------------------------------------------------------------------------------------
@@ -120,6 +134,13 @@ class NodeBeat:
     """Seconds that the user's function has waited for data."""
     machine: MachineSample = field(default_factory=MachineSample)
     at: float = field(default_factory=time.time)
+    queued_chunks: int = 0
+    """Chunks that lie at the node and have not been used yet."""
+    queued_bytes: int = 0
+    feed_wait_s: float = 0.0
+    """Seconds in which at least one Spark task could not go on because as much as may waited for this node."""
+    rows_per_epoch: int | None = None
+    """Rows of this node in its cached feeds, validation too; None before all have ended."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +149,7 @@ class NodeLogged:
 
     node: str
     lines: tuple[str, ...]
+    """A last one that ends in a carriage return is not finished, e.g. a progress bar: it is shown, and not kept."""
     dropped: int = 0
     """Lines left out before these because there were too many."""
     at: float = field(default_factory=time.time)
@@ -160,6 +182,22 @@ Event = RunPlanned | PhaseChanged | NodeChanged | NodeBeat | NodeLogged | Metric
 # --- the board --------------------------------------------------------------------------------------------
 
 
+class LineStore(Protocol):
+    """Where a board puts the lines it takes in, beside the last ones that it keeps: see tfos_magic.logbook."""
+
+    def append(self, node: str, lines: Sequence[str], dropped: int = 0) -> None:
+        """Add lines of a node, `dropped` of which were left out before them; called under the board's lock."""
+
+    def read(
+        self, node: str, last: int | None = None, pattern: re.Pattern[str] | None = None
+    ) -> tuple[list[str], int] | None:
+        """Return lines of a node, and how many more it wrote; None when the store is closed."""
+
+    @property
+    def paths(self) -> dict[str, Path]:
+        """Node → the file of its newest lines."""
+
+
 @dataclass(frozen=True)
 class NodeView:
     """One row of the board."""
@@ -184,6 +222,18 @@ class NodeView:
     running_since: float | None = None
     """When the user's function began; None before."""
     ended_at: float | None = None
+    rate_history: tuple[float, ...] = ()
+    """`rows_per_s` about every second, the last twenty of them."""
+    gpu_history: tuple[float, ...] = ()
+    """Mean utilisation of the node's GPUs about every second, the last twenty of them."""
+    queued_chunks: int = 0
+    """Chunks that lie at the node and have not been used yet."""
+    queued_bytes: int = 0
+    feed_wait_percent: float | None = None
+    """Share of the time since the first row came in which the feed had to wait for this node."""
+    rows_per_epoch: int | None = None
+    fed_since: float | None = None
+    """When the first row was seen to be here."""
 
     @property
     def role(self) -> str:
@@ -204,7 +254,16 @@ class BoardView:
     """Epochs completed; None as long as nothing was reported by epoch."""
     nodes: tuple[NodeView, ...] = ()
     history: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    """Per metric its value after each epoch, from the first node that reports epochs; NaN where an epoch has none."""
+    """Per metric its value after each epoch: the plain mean over the nodes that have reported that epoch, each node
+    counted once. Under ``ctx.distribute`` all report the same, which is that of all rows. NaN where an epoch has none.
+    """
+    trace: Mapping[str, tuple[tuple[float, float], ...]] = field(default_factory=dict)
+    """Per metric what ``ctx.report`` gave, as (step, value), thinned: at each report of the first node that reports,
+    the mean of what every node had reported last. The steps are that node's, or count its reports."""
+    marked_rows: int = 0
+    """Rows that all nodes had used when epoch `epoch` ended, as far as their beats had told."""
+    marked_step: int | None = None
+    """The highest step reported until then."""
     outcome: str = ""
     """Empty while the run goes on, then ``done``, ``failed`` or ``stopped``."""
     message: str = ""
@@ -233,13 +292,17 @@ class StatusBoard:
         self._lock = threading.Lock()
         self._view = BoardView()
         self._nodes: dict[str, NodeView] = {}
-        self._logs: dict[str, deque[str]] = {}
+        self.store: LineStore | None = None
+        """Where lines go too when they are cleaned; whoever sets it closes it."""
+        self._logs: dict[str, deque[str | int]] = {}  # a number stands for so many lines left out
         self._dropped: dict[str, int] = {}
         self._beats: dict[str, deque[tuple[float, int]]] = {}
-        self._epoch_reporter = ""
+        self._sampled_at: dict[str, float] = {}
         self._reporter = ""
         self._reports: dict[str, deque[float]] = {}
-        self._epochs: dict[int, dict[str, float]] = {}
+        self._latest: dict[str, dict[str, float]] = {}  # metric → node → what it reported last
+        self._traces: dict[str, _Trace] = {}
+        self._epochs: dict[int, dict[str, dict[str, float]]] = {}  # epoch → metric → node → value
         self._log_lines_kept = log_lines_kept
 
     def apply(self, event: Event) -> None:
@@ -282,9 +345,9 @@ class StatusBoard:
     def _kept_lines(self, node: str, last: int | None = None) -> tuple[str, ...]:
         kept = self._logs[node]
         skipped = max(0, len(kept) - last) if last is not None else 0
-        left_out = self._dropped[node] + skipped
-        lines = tuple(islice(kept, skipped, None))
-        return (f"… {left_out:,} earlier lines left out", *lines) if left_out else lines
+        left_out = self._dropped[node] + _count_lines(islice(kept, skipped))
+        lines = tuple(left_out_here(line) if isinstance(line, int) else line for line in islice(kept, skipped, None))
+        return (left_out_before(left_out), *lines) if left_out else lines
 
     # The fold. Each method takes one kind of event in; all run under the lock.
 
@@ -346,19 +409,38 @@ class StatusBoard:
             rows_received=max(node.rows_received, event.rows_received),
             rows_consumed=max(node.rows_consumed, event.rows_consumed),
             beat_at=max(node.beat_at or event.at, event.at),
+            rows_per_epoch=node.rows_per_epoch if event.rows_per_epoch is None else event.rows_per_epoch,
+            fed_since=event.at if node.fed_since is None and event.rows_received else node.fed_since,
         )
         self._nodes[node.name] = node
         if node.state.is_final:  # the last beat may come after the state: its counters count, the rest is past
             self._settle(node.name, node.ended_at or event.at)
             return
         peak = max(node.memory_peak_bytes or 0, event.machine.memory_bytes or 0) or None
-        self._nodes[node.name] = replace(
+        node = replace(
             node,
             machine=event.machine,
             memory_peak_bytes=peak,
             rows_per_s=self._rate(node, event.at),
             wait_percent=_share(event.wait_s, node.running_since, event.at, node.wait_percent),
+            queued_chunks=event.queued_chunks,
+            queued_bytes=event.queued_bytes,
+            feed_wait_percent=_share(event.feed_wait_s, node.fed_since, event.at, node.feed_wait_percent),
         )
+        self._nodes[node.name] = self._sampled(node, event.at)
+
+    def _sampled(self, node: NodeView, at: float) -> NodeView:
+        """Return the node with its small lines continued, if it is time."""
+        if at - self._sampled_at.get(node.name, -math.inf) < _SAMPLE_EVERY_S:
+            return node
+        self._sampled_at[node.name] = at
+        rates, loads = node.rate_history, node.gpu_history
+        if node.running_since is not None and len(self._beats[node.name]) > 1:
+            rates = (*rates, node.rows_per_s)[-_SAMPLES_KEPT:]
+        load = node.machine.gpu_percent
+        if load is not None:
+            loads = (*loads, load)[-_SAMPLES_KEPT:]
+        return replace(node, rate_history=rates, gpu_history=loads)
 
     def _rate(self, node: NodeView, at: float) -> float:
         """Return rows/s over the window that ends at `at`."""
@@ -373,12 +455,22 @@ class StatusBoard:
     def _log(self, event: NodeLogged) -> None:
         node = self._node(event.node)
         lines = [clean_line(line) for line in event.lines]
-        kept = self._logs[node.name]
-        overflow = max(0, len(kept) + len(lines) - self._log_lines_kept)
-        self._dropped[node.name] += event.dropped + overflow
-        kept.extend(lines)
         last = next((line for line in reversed(lines) if line.strip()), node.last_line)
         self._nodes[node.name] = replace(node, last_line=last.strip())
+        if event.lines and event.lines[-1].endswith("\r"):
+            lines.pop()
+        self._keep_lines(node.name, lines, event.dropped)
+        if self.store is not None:
+            self.store.append(node.name, lines, event.dropped)
+
+    def _keep_lines(self, name: str, lines: Sequence[str], dropped: int) -> None:
+        kept = self._logs[name]
+        new: list[str | int] = [dropped, *lines] if dropped else [*lines]
+        overflow = max(0, len(kept) + len(new) - self._log_lines_kept)
+        self._dropped[name] += _count_lines(islice(chain(kept, new), overflow))
+        kept.extend(new)
+        while kept and isinstance(kept[0], int):  # nothing is left before these lines: they are earlier ones
+            self._dropped[name] += _count_lines([kept.popleft()])
 
     def _measure(self, event: MetricsReported) -> None:
         node = self._node(event.node)
@@ -395,18 +487,34 @@ class StatusBoard:
 
     def _measure_report(self, event: MetricsReported) -> None:
         self._reporter = self._reporter or event.node
-        if event.node == self._reporter:
-            for name, value in event.values.items():
-                self._reports.setdefault(name, deque(maxlen=_REPORTS_KEPT)).append(value)
+        for name, value in event.values.items():
+            self._latest.setdefault(name, {})[event.node] = value
+        if event.node != self._reporter:
+            return
+        for name, value in event.values.items():
+            self._reports.setdefault(name, deque(maxlen=_REPORTS_KEPT)).append(value)
+        if not self._view.outcome:
+            self._trace(event)
+
+    def _trace(self, event: MetricsReported) -> None:
+        for name in event.values:
+            trace = self._traces.setdefault(name, _Trace())
+            trace.add(trace.reports + 1 if event.step is None else event.step, _mean(self._latest[name].values()))
+        self._view = replace(self._view, trace={name: trace.points for name, trace in self._traces.items()})
 
     def _measure_epoch(self, event: MetricsReported, epoch: int) -> None:
-        self._epoch_reporter = self._epoch_reporter or event.node
-        if event.node != self._epoch_reporter:
-            return
-        self._epochs.setdefault(epoch, {}).update(event.values)
+        for name, value in event.values.items():
+            self._epochs.setdefault(epoch, {}).setdefault(name, {})[event.node] = value
+        self._epochs.setdefault(epoch, {})
         epochs = sorted(self._epochs)
         names = {name: None for number in epochs for name in self._epochs[number]}
-        history = {name: tuple(self._epochs[number].get(name, math.nan) for number in epochs) for name in names}
+        history = {
+            name: tuple(_mean(self._epochs[number].get(name, {}).values()) for number in epochs) for name in names
+        }
+        if epoch > (self._view.epoch or 0):
+            rows = sum(node.rows_consumed for node in self._nodes.values())
+            steps = [node.step for node in self._nodes.values() if node.step is not None]
+            self._view = replace(self._view, marked_rows=rows, marked_step=max(steps, default=None))
         self._view = replace(self._view, history=history, epoch=epochs[-1])
 
     def _end(self, event: RunEnded) -> None:
@@ -418,6 +526,57 @@ class StatusBoard:
             if not node.state.is_final:
                 self._nodes[name] = replace(node, state=rest)
                 self._settle(name, event.at)
+
+
+class _Trace:
+    """A line that grows: past a bound every second point goes, and from then on so many fewer are kept."""
+
+    def __init__(self) -> None:
+        self.reports = 0
+        self._kept: list[tuple[float, float]] = []
+        self._last: tuple[float, float] | None = None
+        self._stride = 1
+
+    @property
+    def points(self) -> tuple[tuple[float, float], ...]:
+        """What is kept, and the latest point."""
+        last = () if self._last is None or self._last in self._kept[-1:] else (self._last,)
+        return (*self._kept, *last)
+
+    def add(self, step: float, value: float) -> None:
+        """Take one more point in; one that goes back begins the line anew."""
+        if self._last is not None and step < self._last[0]:
+            self._kept, self._stride, self.reports = [], 1, 0
+        self._last = (step, value)
+        if self.reports % self._stride == 0:
+            self._kept.append(self._last)
+        self.reports += 1
+        if len(self._kept) > _TRACE_POINTS:
+            self._kept = self._kept[::2]
+            self._stride *= 2
+
+
+def _mean(values: Iterable[float]) -> float:
+    """Return the plain mean, exactly the value where all are the same; NaN of nothing."""
+    known = list(values)
+    if len(set(known)) <= 1:
+        return known[0] if known else math.nan
+    return sum(known) / len(known)
+
+
+def _count_lines(kept: Iterable[str | int]) -> int:
+    """Return for how many lines entries of a log stand."""
+    return sum(entry if isinstance(entry, int) else 1 for entry in kept)
+
+
+def left_out_before(count: int) -> str:
+    """Return the first line of a log of which `count` lines are missing before it."""
+    return f"… {count:,} earlier lines left out"
+
+
+def left_out_here(count: int) -> str:
+    """Return the line that stands in a log in place of `count` others."""
+    return f"… {count:,} lines left out here"
 
 
 def _share(wait_s: float, since: float | None, now: float, known: float | None) -> float | None:

@@ -39,6 +39,7 @@ class Line:
     features: tuple[str, ...] | None = None
     args: Mapping[str, Any] | None = None
     out: str | None = None
+    gpus_per_node: int | None = None
     timeout_s: float | None = None
     session: str | None = None
     is_dry_run: bool = False
@@ -57,6 +58,7 @@ class TrainLine(Line):
     weight: str | None = None
     shuffle: bool = True
     seed: int | None = None
+    tensorboard_dir: str | None = None
     is_background: bool = False
     ps: int = 0
     chief: bool = True
@@ -102,8 +104,9 @@ def parse_train(line: str, namespace: Mapping[str, Any]) -> TrainLine:
         label=values.text("label"),
         weight=values.text("weight"),
         shuffle=not given.no_shuffle,
-        seed=None if given.seed is None else values.integer("seed", 0, least=0),
+        seed=values.integer_if_given("seed", least=0),
         out=values.variable("out"),
+        tensorboard_dir=values.text("tensorboard"),
         is_background=given.background,
         ps=values.integer("ps", 0, least=0),
         chief=given.chief,
@@ -153,6 +156,7 @@ def _common(values: Converter) -> dict[str, Any]:
         "data": values.frame("data"),
         "features": values.names("features"),
         "args": values.arguments(),
+        "gpus_per_node": values.integer_if_given("gpus_per_node", least=0),
         "timeout_s": values.duration("timeout"),
         "session": values.session(),
         "is_dry_run": given.dry_run,

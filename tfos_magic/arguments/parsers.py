@@ -68,7 +68,8 @@ example:
 _LOGS = """\
 Print what the nodes of a run wrote to stdout and stderr: of all nodes, of NODE (worker:1), or of a role (worker).
 
-The driver keeps the last 2,000 lines of each node."""
+The driver keeps at least the last 8 MiB of each node in files, for the runs that %tfos_status shows; r.log_files says
+where. In a flood a node sends its first and last lines, and counts those in between."""
 
 _LOGS_EXAMPLE = """\
 example:
@@ -100,6 +101,7 @@ def train_parser() -> argparse.ArgumentParser:
     add("--seed", metavar="N", help="makes shuffling repeatable")
     _add_args(parser)
     add("--out", metavar="NAME", help="bind the result to this name")
+    add("--tensorboard", metavar="DIR", help="write metrics, feed and GPU figures there; TensorBoard shows them")
     add("--background", action="store_true", help="return at once: the result is a handle with wait() and stop()")
     add("--ps", metavar="K", help="K of the nodes are parameter servers")
     chief = argparse.BooleanOptionalAction
@@ -175,6 +177,8 @@ def _add_args(parser: argparse.ArgumentParser) -> None:
 
 def _add_the_rest(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
+    gpus = "GPUs of each node (default: those that Spark assigns to its task, else 1 where one is free)"
+    add("--gpus-per-node", metavar="N", help=gpus)
     add("--timeout", metavar="TIME", help="give up after 90, 90s, 10m, 2h, 1h30m")
     add("--session", metavar="NAME", help="the Spark session (default: spark, sc, or the active one)")
     add("--dry-run", action="store_true", help="show what would be shipped and where nodes would run")

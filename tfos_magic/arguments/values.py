@@ -62,6 +62,10 @@ class Converter:
             self._complain(name, f"{number} is too few; at least {least}." if least else f"{number} is negative.")
         return int(number)
 
+    def integer_if_given(self, name: str, *, least: int) -> int | None:
+        """Return a whole number, no less than `least`."""
+        return None if getattr(self.given, name) is None else self.integer(name, least, least=least)
+
     def text(self, name: str) -> str | None:
         """Return text."""
         value = self._expanded(name)

@@ -18,6 +18,7 @@ import json
 import queue
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -126,6 +127,9 @@ class FeedReceiver:
         self._sessions: dict[int, _Session] = {}
         self._session_count = 0
         self._rows_of_dropped = 0
+        self._held_tasks = 0
+        self._waiting_since = 0.0
+        self._wait_s = 0.0
         self._connections: dict[socket.socket, threading.Thread] = {}
         self._strangers = threading.BoundedSemaphore(_UNPROVEN_CONNECTIONS)
         self._is_closed = False
@@ -141,6 +145,19 @@ class FeedReceiver:
         """Rows of all feeds, published or still staged; goes down when an attempt is thrown away."""
         with self._lock:
             return self._rows_of_dropped + sum(feed.rows_received for feed in self._feeds.values())
+
+    @property
+    def staged(self) -> tuple[int, int]:
+        """How many chunks wait for the driver's word, and their bytes."""
+        with self._lock:
+            feeds = self._feeds.values()
+            return sum(feed.staged_chunks for feed in feeds), sum(feed.staged_bytes for feed in feeds)
+
+    @property
+    def wait_s(self) -> float:
+        """Seconds during which at least one Spark task waited for room on this node."""
+        with self._lock:
+            return self._wait_s + (time.monotonic() - self._waiting_since if self._held_tasks else 0.0)
 
     def add_queue(self, name: str, limit_bytes: int) -> None:
         """Expect a feed that passes once, of which at most `limit_bytes` may wait here for the child.
@@ -386,10 +403,26 @@ class FeedReceiver:
     def _wait_for_room(self, connection: socket.socket, has_room: Callable[[], bool]) -> None:
         """Stop reading while the child is slower than Spark: the sender then waits too, for as long as it takes."""
         with self._room_made:
-            while not has_room():
-                if self._is_closed or _has_hung_up(connection):
-                    raise wire.ConnectionEndedError("The sender of waiting rows went away.")
-                self._room_made.wait(_LOOK_INTERVAL_S)
+            if has_room():
+                return
+            with self._counted_as_held():
+                while not has_room():
+                    if self._is_closed or _has_hung_up(connection):
+                        raise wire.ConnectionEndedError("The sender of waiting rows went away.")
+                    self._room_made.wait(_LOOK_INTERVAL_S)
+
+    @contextmanager
+    def _counted_as_held(self) -> Iterator[None]:
+        """Count the time of the block as the feed's waiting for this node; under the lock."""
+        if not self._held_tasks:
+            self._waiting_since = time.monotonic()
+        self._held_tasks += 1
+        try:
+            yield
+        finally:
+            self._held_tasks -= 1
+            if not self._held_tasks:
+                self._wait_s += time.monotonic() - self._waiting_since
 
     # --- rows that ask for results ------------------------------------------------------------------------
 

@@ -62,6 +62,8 @@ class FeedSource:
         self._rows_per_node: tuple[int, ...] | None = None
         self._failure: str | None = None
         self._rows_consumed = 0
+        self._used_chunks = 0  # how many of the first ones have been used once
+        self._used_rows = 0
         self._passes = 0
         self._wait_s = 0.0
         self._waiting_readers = 0
@@ -205,6 +207,18 @@ class FeedSource:
         with self._changed:
             self._rows_consumed += row_count
 
+    @property
+    def queued(self) -> tuple[int, int]:
+        """How many chunks hold rows that have not been used even once, as a count of rows tells, and their bytes."""
+        with self._changed:
+            for chunk in self._chunks[self._used_chunks :]:
+                if self._used_rows + chunk.row_count > self._rows_consumed:
+                    break
+                self._used_chunks += 1
+                self._used_rows += chunk.row_count
+            left = self._chunks[self._used_chunks :]
+        return len(left), sum(chunk.length_bytes for chunk in left)
+
     def begin_pass(self) -> int:
         """Return how often datasets have begun to read this feed before: what makes each epoch's order different."""
         with self._changed:
@@ -342,6 +356,19 @@ class Feeds:
     def wait_s(self) -> float:
         """Seconds that readers waited for Spark, over all feeds."""
         return sum(source.wait_s for source in self)
+
+    @property
+    def queued(self) -> tuple[int, int]:
+        """Chunks that lie here and have not been used yet, over all feeds, and their bytes."""
+        counts = [source.queued for source in self]
+        return sum(chunks for chunks, _ in counts), sum(size_bytes for _, size_bytes in counts)
+
+    @property
+    def rows_per_epoch(self) -> int | None:
+        """Rows of this node in all cached feeds; None before all have ended, and where there is none."""
+        counts = [source.row_count for source in self._sources.values()]
+        known = [count for count in counts if count is not None]
+        return sum(known) if known and len(known) == len(counts) else None
 
     def close(self) -> None:
         """Close every feed."""

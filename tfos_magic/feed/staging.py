@@ -129,6 +129,11 @@ class Feed:
         self.is_over = False
 
     @property
+    def staged_chunks(self) -> int:
+        """Chunks that wait for the driver's word."""
+        return sum(len(chunks) for stream in self._streams() for chunks in (*stream.portions, stream.chunks))
+
+    @property
     def rows_received(self) -> int:
         """Rows published or still staged."""
         return self.rows_published + sum(stream.row_count for stream in self._streams())

@@ -252,6 +252,13 @@ class StreamSource:
         return self._rows_consumed
 
     @property
+    def queued(self) -> tuple[int, int]:
+        """How many chunks stand in the queue, and their bytes."""
+        with self._changed:
+            chunks = [item.chunk for item in self._queue if item.chunk is not None]
+        return len(chunks), sum(chunk.length_bytes for chunk in chunks)
+
+    @property
     def wait_s(self) -> float:
         """Seconds during which a reader waited for rows."""
         since = self._waiting_since

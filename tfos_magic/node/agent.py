@@ -32,7 +32,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from tfos_magic.node import channel
-from tfos_magic.node.output import OutputLines
+from tfos_magic.node.output import OutputLines, OutputPipe, bytes_per_beat
 from tfos_magic.node.processes import become_subreaper, kill_descendants
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from tfos_magic.feed.receiver import FeedReceiver
     from tfos_magic.feed.staging import FeedNotice
     from tfos_magic.machine import MachineSampler
+    from tfos_magic.node.gpus import NodeGpus
     from tfos_magic.node.tensorboard import TensorBoard
     from tfos_magic.rendezvous import Connection, Message
 
@@ -58,12 +59,14 @@ def main(archive_fd: int, config_fd: int, payload_fd: int, lifeline_fd: int) -> 
     from tfos_magic.rendezvous import Connection
 
     connection = Connection.take_over(config["connection"])
+    gpus = _gpus_or_exit(config, connection)
+    config.update(gpus=gpus.addresses, gpu_note=gpus.note)
     agent = None
     # AutoGraph and others leave files there when their process is killed.
     scratch = tempfile.mkdtemp(prefix="tfos_magic-", dir=scratch_directory())
     try:
         descriptors = (archive_fd, config_fd, payload_fd)
-        child = Child(descriptors, scratch, config["gpus"])  # first of all: TensorFlow's import takes the time
+        child = Child(descriptors, scratch, gpus.visible)  # first of all: TensorFlow's import takes the time
         try:
             agent = Agent(config, connection, child)
             _tell_task_ready()
@@ -75,6 +78,21 @@ def main(archive_fd: int, config_fd: int, payload_fd: int, lifeline_fd: int) -> 
         shutil.rmtree(scratch, ignore_errors=True)
         if agent is not None:
             agent.close()
+        gpus.close()  # the child is gone: they are free
+        os._exit(0)
+
+
+def _gpus_or_exit(config: dict[str, Any], connection: Connection) -> NodeGpus:
+    """Return what the node may use; where it cannot have what it should, tell the driver why, and end the node."""
+    from tfos_magic.errors import GpuError
+    from tfos_magic.node.gpus import Wish, choose
+
+    try:
+        return choose(Wish.of(config))
+    except GpuError as error:
+        _tell_task_ready()  # a task that fails is tried again, and that would not help
+        with contextlib.suppress(OSError):
+            connection.send({"type": "failure", "kind": "gpu", "error": error.to_json()})
         os._exit(0)
 
 
@@ -95,16 +113,16 @@ class Child:
         Descriptors of the package, the configuration and the packed function.
     scratch : str
         Its directory for temporary files.
-    gpus : list of str, optional
-        The addresses that Spark gave to the node; None where Spark gives no GPUs away.
+    visible_gpus : str, optional
+        ``CUDA_VISIBLE_DEVICES``; None leaves it as it is here.
     """
 
-    def __init__(self, files: tuple[int, int, int], scratch: str, gpus: list[str] | None) -> None:
+    def __init__(self, files: tuple[int, int, int], scratch: str, visible_gpus: str | None) -> None:
         self.channel, theirs = channel.pair()
         descriptors = [*files, theirs.fileno()]
         boot = _BOOT.format(archive=files[0], fds=", ".join(map(str, [*descriptors[1:], os.getpid()])))
         # From birth: whatever the child imports ahead may look at the GPUs, and then has looked for good.
-        visible = {} if gpus is None else {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
+        visible = {} if visible_gpus is None else {"CUDA_VISIBLE_DEVICES": visible_gpus}
         output, theirs_output = os.pipe()
         try:
             self.process = subprocess.Popen(
@@ -146,7 +164,8 @@ class Agent:
         self._config = config
         self._connection = connection
         self._child = child
-        self._lines = OutputLines()
+        self._output = OutputPipe(child.output)
+        self._lines = OutputLines(bytes_per_beat(config["num_nodes"]))
         self._outbox: deque[tuple[Mapping[str, Any], int | None]] = deque()
         self._counters: dict[str, Any] = {}
         self._has_answered = False  # the child sent its result or its failure
@@ -155,6 +174,7 @@ class Agent:
         self._queue_feeds: dict[str, list[str]] = {}
         self._sampler: MachineSampler | None = None
         self._tensorboard: TensorBoard | None = None
+        self._beat_interval_s = BEAT_INTERVAL_S
         self._host: str = connection.socket.getsockname()[0]
         # Held with SO_REUSEPORT and never listened on: TensorFlow binds the same port, and nobody else gets it.
         self._port = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
@@ -168,11 +188,10 @@ class Agent:
 
         self._loop = loop = asyncio.new_event_loop()
         self._child.channel.setblocking(False)  # nothing that this loop does may wait: it must always hear "stop"
-        os.set_blocking(self._child.output, False)
         self._hello()
         loop.add_reader(self._connection.socket, self._guarded, self._from_driver)
         loop.add_reader(self._child.channel, self._guarded, self._from_child)
-        loop.add_reader(self._child.output, self._guarded, self._from_output)
+        self._listen_to_output()
         loop.add_reader(lifeline_fd, self._from_lifeline, lifeline_fd)
         for pid, action in ((self._child.process.pid, self._child_exited), (self._config["executor_jvm"], loop.stop)):
             descriptor = os.pidfd_open(pid)
@@ -253,19 +272,16 @@ class Agent:
         else:
             self._receiver.answer(header["session"], blob, header["rows"])
 
-    def _from_output(self) -> None:
-        data = self._read_output()
-        if data is not None:
-            self._lines.feed(data)
-        if data == b"":
-            self._loop.remove_reader(self._child.output)
+    def _listen_to_output(self) -> None:
+        self._loop.add_reader(self._child.output, self._guarded, self._from_output)
 
-    def _read_output(self) -> bytes | None:
-        """Return what the child has written, b"" at its end, None when there is nothing yet."""
-        try:
-            return os.read(self._child.output, 1 << 16)
-        except BlockingIOError:  # another handler of the same round has emptied the pipe
-            return None
+    def _from_output(self) -> None:
+        data = self._output.read()
+        if data is not None:  # else another handler of the same round has emptied the pipe
+            self._lines.feed(data)
+        self._loop.remove_reader(self._child.output)
+        if data != b"":
+            self._loop.call_later(self._output.pause_s, self._listen_to_output)
 
     def _from_lifeline(self, descriptor: int) -> None:
         # One byte or more: the task ended as agreed. Nothing: its Python worker was killed.
@@ -282,7 +298,7 @@ class Agent:
 
     def _flush_output(self) -> None:
         """Take what the child has written so far; its last words are in the pipe, not yet in the log."""
-        while data := self._read_output():
+        for data in self._output.drain():
             self._lines.feed(data)
         self._lines.feed(b"")
         self._send_lines()
@@ -303,6 +319,7 @@ class Agent:
 
     def _on_start(self, message: Message) -> None:
         self._to_child(message.header)
+        self._beat_interval_s = message.header["beat_interval_s"]
         directory = message.header["tensorboard"]
         if directory is not None:
             from tfos_magic.node.tensorboard import TensorBoard
@@ -409,10 +426,12 @@ class Agent:
             gpus=self._config["gpus"],
             child_started_at=self._child.started_at,
         )
+        if self._config["gpu_note"]:
+            self._lines.feed(f"{self._config['gpu_note']}\n".encode())
 
     def _beat(self) -> None:
         self._guarded(self._send_beat)
-        self._loop.call_later(BEAT_INTERVAL_S, self._beat)
+        self._loop.call_later(self._beat_interval_s, self._beat)
 
     def _send_beat(self) -> None:
         from dataclasses import asdict
@@ -422,14 +441,22 @@ class Agent:
 
             self._sampler = MachineSampler(self._child.process.pid, self._config["gpus"])
         counters = {name: value for name, value in self._counters.items() if name != "type"}
-        received = self._receiver.rows_received if self._receiver is not None else 0
+        received = 0
+        if self._receiver is not None:
+            received = self._receiver.rows_received
+            staged_chunks, staged_bytes = self._receiver.staged
+            counters["queued_chunks"] = counters.get("queued_chunks", 0) + staged_chunks
+            counters["queued_bytes"] = counters.get("queued_bytes", 0) + staged_bytes
+            counters["feed_wait_s"] = self._receiver.wait_s
         self._send("beat", **counters, rows_received=received, machine=asdict(self._sampler.sample()))
         self._send_lines()
 
     def _send_lines(self) -> None:
-        lines, dropped = self._lines.take()
-        if lines:
-            self._send("log", lines=lines, dropped=dropped)
+        taken = self._lines.take()
+        if taken.first:
+            self._send("log", lines=taken.first, dropped=0)
+        if taken.last or taken.dropped:
+            self._send("log", lines=taken.last, dropped=taken.dropped)
 
     def _notice_from_thread(self, notice: FeedNotice) -> None:
         self._loop.call_soon_threadsafe(self._guarded, lambda: self._feed_notice(notice))

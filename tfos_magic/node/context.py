@@ -5,11 +5,12 @@ Runs on: executor, in the child.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import numbers
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tfos_magic import TFNode
@@ -88,6 +89,7 @@ class NodeContext:
         self.secret = Secret(bytes.fromhex(config["node_secret"]))
         self._data_options: Mapping[str, Any] = start["data_options"]
         self._link = link
+        self._saving_depth = 0
         self.tmp_socket = self._hold_port() if start.get("release_port") is False else None
 
     def __repr__(self) -> str:
@@ -209,7 +211,21 @@ class NodeContext:
         self, sess: tf.compat.v1.Session, export_dir: str, tag_set: str, signatures: Mapping[str, Mapping[str, Any]]
     ) -> None:
         """Write a TensorFlow 1 session as a SavedModel; see :func:`tfos_magic.TFNode.export_saved_model`."""
-        TFNode.export_saved_model(sess, export_dir, tag_set, signatures)
+        with self.saving():
+            TFNode.export_saved_model(sess, export_dir, tag_set, signatures)
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """Show on the board that this node saves, as long as the block takes; blocks may be inside each other."""
+        self._saving_depth += 1
+        if self._saving_depth == 1:
+            self._link.send("state", state="SAVING")
+        try:
+            yield
+        finally:
+            self._saving_depth -= 1
+            if not self._saving_depth:
+                self._link.send("state", state="RUNNING")
 
     def release_port(self) -> None:
         """Close :attr:`tmp_socket`; see :func:`tfos_magic.TFNode.release_port`."""

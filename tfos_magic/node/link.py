@@ -68,9 +68,18 @@ class Link:
         self.send_blob("failure", json.dumps(data).encode())
 
     def send_counters(self) -> None:
-        """Tell how many rows the function has taken, and how long it waited for them."""
-        is_waiting = any(feed.is_waiting for feed in self.feeds)
-        self.send("counters", rows_consumed=self.feeds.rows_consumed, wait_s=self.feeds.wait_s, is_waiting=is_waiting)
+        """Tell how many rows the function has taken, how long it waited for them, and what lies here for it."""
+        feeds = self.feeds
+        queued_chunks, queued_bytes = feeds.queued
+        self.send(
+            "counters",
+            rows_consumed=feeds.rows_consumed,
+            wait_s=feeds.wait_s,
+            is_waiting=any(feed.is_waiting for feed in feeds),
+            queued_chunks=queued_chunks,
+            queued_bytes=queued_bytes,
+            rows_per_epoch=feeds.rows_per_epoch,
+        )
 
     def wait_start(self) -> Mapping[str, Any]:
         """Return the driver's start message, once every node has met."""

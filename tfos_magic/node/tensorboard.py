@@ -1,6 +1,6 @@
-"""TensorBoard beside a node: started by the agent, and gone with it.
+"""A TensorBoard process: gone with whoever started it.
 
-Runs on: executor, in the agent.
+Runs on: executor, in the agent; and on the driver, for ``%%tfos_train --tensorboard``.
 
 It shows its directory to whoever can reach its port, as TensorBoard does; so it listens on the node's own address only,
 and only where the user has asked for it.
@@ -15,6 +15,18 @@ import sys
 
 _URL = re.compile(r"(http://\S+)")
 _TAIL_CHARACTERS = 2000
+# Its standard input is a pipe that nobody else holds: at its end whoever started it is gone, however that came about.
+_BOOT = """
+import os, shutil, sys, threading
+def end_with_starter():
+    os.read(0, 1)
+    shutil.rmtree(os.environ["TMPDIR"], ignore_errors=True)
+    os._exit(0)
+threading.Thread(target=end_with_starter, daemon=True).start()
+from tensorboard.main import run_main
+sys.argv[0] = "tensorboard"
+run_main()
+"""
 
 
 class TensorBoard:
@@ -27,7 +39,7 @@ class TensorBoard:
     host : str
         Address to listen on.
     scratch : str
-        Where it may leave files.
+        Where it may leave files; removed when whoever started it is gone.
 
     Attributes
     ----------
@@ -38,10 +50,10 @@ class TensorBoard:
     """
 
     def __init__(self, directory: str, host: str, scratch: str) -> None:
-        command = [sys.executable, "-m", "tensorboard.main", "--logdir", directory or os.getcwd(), "--host", host]
+        command = [sys.executable, "-c", _BOOT, "--logdir", directory or os.getcwd(), "--host", host]
         self._process = subprocess.Popen(
-            [*command, "--port", "0"],
-            stdin=subprocess.DEVNULL,
+            [*command, "--port", "0", "--load_fast", "false"],  # the fast loader is one more process
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             env={
@@ -70,10 +82,15 @@ class TensorBoard:
         lines = [line for line in self._text.splitlines() if line.strip()]
         return lines[-1] if lines else "it said nothing"
 
-    def close(self) -> None:
-        """End it."""
+    def kill(self) -> None:
+        """End it; what it has written may still be read."""
         if self._process.poll() is None:
             self._process.kill()
         self._process.wait()
-        if self._process.stdout is not None:
-            self._process.stdout.close()
+
+    def close(self) -> None:
+        """End it, and let go of its descriptors."""
+        self.kill()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                pipe.close()

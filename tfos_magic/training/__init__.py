@@ -247,7 +247,7 @@ def warn_if_forgotten(ctx: Any) -> None:
     if ctx.num_nodes == 1 or is_shared or keras is None:
         return
     for model in (each for each in gc.get_objects() if isinstance(each, keras.Model)):
-        if getattr(model, "optimizer", None) is not None and int(model.optimizer.iterations):
+        if getattr(model, "optimizer", None) is not None and int(model.optimizer.iterations.numpy()):
             ctx.log.warning(
                 "%s was trained on %s:%d alone, as on each of the %d nodes: ctx.distribute(model) before fit makes it "
                 "one training.",

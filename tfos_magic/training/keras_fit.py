@@ -11,10 +11,10 @@ Runs on: executors.
       epoch end ─► stop_training is true where any node says so; ctx.report_epoch
 
 The model stays an ordinary Keras model with ordinary variables, outside any ``tf.distribute`` scope. Only public
-methods of this one instance are replaced (``fit``, ``evaluate``, ``train_step``, ``test_step``,
-``make_train_function``, ``make_test_function``), so saving, cloning and pickling are as before. Everything that acts on
-gradients – clipping, weight decay, EMA, loss scaling, accumulation – comes after the averaging and so acts as on the
-whole batch.
+methods of this one instance are replaced (``fit``, ``evaluate``, ``predict``, ``train_step``, ``test_step``,
+``make_train_function``, ``make_test_function``; ``save``, ``export`` and ``save_weights`` also tell the board), so
+saving, cloning and pickling are as before. Everything that acts on gradients – clipping, weight decay, EMA, loss
+scaling, accumulation – comes after the averaging and so acts as on the whole batch.
 
 What is exact and what is not: see :func:`tfos_magic.training.distribute`.
 """
@@ -22,6 +22,7 @@ What is exact and what is not: see :func:`tfos_magic.training.distribute`.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import logging
 import time
@@ -67,6 +68,7 @@ class KerasFit:
         self._ring = ring
         self._fit = model.fit
         self._evaluate = model.evaluate
+        self._predict = model.predict
         self._train_step: Step = model.train_step
         self._test_step: Step = model.test_step
         self._make_train_function = model.make_train_function
@@ -81,6 +83,10 @@ class KerasFit:
         model = self.model
         model.fit = self.fit
         model.evaluate = self.evaluate
+        model.predict = self.predict
+        for name in ("save", "export", "save_weights"):
+            if hasattr(model, name):  # oldest Keras 3: not every kind of model can be exported
+                setattr(model, name, self._told(getattr(model, name)))
         if self._ring is None:
             return
         model.train_step = self.train_step
@@ -115,6 +121,12 @@ class KerasFit:
             if self._ring is not None:
                 self._begin_evaluate(call.arguments)
             return self._evaluate(*call.args, **call.kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """``model.predict`` on this node alone; only the chief shows its progress."""
+        call = _bind(self._predict, args, kwargs)
+        self._quieten(call)
+        return self._predict(*call.args, **call.kwargs)
 
     def make_train_function(self, force: bool = False) -> Any:
         """Keras's own, with XLA off: it cannot compile a step that talks to other nodes."""
@@ -231,9 +243,19 @@ class KerasFit:
         return self._ring
 
     def _quieten(self, call: inspect.BoundArguments) -> None:
-        """Print one line per epoch on the chief and nothing elsewhere, unless the user has asked for something."""
-        if call.arguments.get("verbose", "auto") == "auto":
-            call.arguments["verbose"] = 2 if self.ctx.is_chief else 0
+        """Print on the chief what Keras prints, and nothing elsewhere: it would be the same, N times."""
+        if not self.ctx.is_chief:
+            call.arguments["verbose"] = 0
+
+    def _told(self, save: Callable[..., Any]) -> Callable[..., Any]:
+        """Return `save`, shown on the board while it runs; a checkpoint callback calls it, too."""
+
+        @functools.wraps(save)
+        def saving(*args: Any, **kwargs: Any) -> Any:
+            with self.ctx.saving():
+                return save(*args, **kwargs)
+
+        return saving
 
     def _no_xla(self) -> None:
         if not self.model.jit_compile:
@@ -290,6 +312,8 @@ class _FitCallback(keras.callbacks.Callback):  # type: ignore[misc]  # Keras pub
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         self._steps_done += self._batches_seen
         self._batches_seen = 0
+        if logs and "loss" in logs:  # the throttled reports have most likely missed the last step
+            self._owner.ctx.report(step=self._steps_done, loss=float(logs["loss"]))
         self._owner.ctx.report_epoch(epoch + 1, _numbers(logs or {}))
         self._owner.end_epoch()
 

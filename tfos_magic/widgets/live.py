@@ -160,8 +160,8 @@ def _state_changes(before: BoardView, now: BoardView) -> list[str]:
 
 
 def _told_state(node: NodeView) -> str:
-    """Return the state in words; a node that waits for data between two steps is running."""
-    if node.state is NodeState.WAITING:
+    """Return the state in words; a node that waits for data, or saves, between two steps is running."""
+    if node.state in (NodeState.WAITING, NodeState.SAVING):
         return NodeState.RUNNING.value
     why = words.last_words(node) if node.state in (NodeState.FAILED, NodeState.LOST) else ""
     return f"{node.state.value} ({why})" if why else node.state.value

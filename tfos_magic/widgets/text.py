@@ -14,9 +14,10 @@ from tfos_magic.widgets import words
 _MIN_WIDTH = 40
 _HOST_WIDTH = 18
 _STATE_WIDTH = 32
-_LEFT = frozenset({"role", "host", "state"})
+_BAR_WIDTH = 20
+_LEFT = frozenset({"role", "host", "state", "last 20 s"})
 # The least important first: what is left out when the table is wider than the page.
-_EXPENDABLE = ("GPU", "memory", "CPU", "rows fed", "host", "wait")
+_EXPENDABLE = ("fed", "last 20 s", "queued", "host", "memory", "CPU", "GPU", "role", "node/feed waits")
 
 
 def render_text(view: BoardView, *, width: int = 120) -> str:
@@ -38,14 +39,14 @@ def render_text(view: BoardView, *, width: int = 120) -> str:
     title, facts = words.headline(view)
     heading = [" · ".join([title, *filter(None, [words.outcome(view)]), *facts])]
     remark = words.bottleneck(view)
-    lines = [*heading, *([remark] if remark else [])]
+    lines = [*heading, *_progress(view), *([remark] if remark else [])]
     if view.outcome and view.message:
         lines += view.message.strip().split("\n")[:20]
     shown, rest = words.split(view)
     if shown:
         lines += ["", *_table(shown, view, width)]
     if rest:
-        lines.append(f"  … and {words.summary([node for _, node in rest])}")
+        lines += [f"{words.MARKS[state]} {told}" for state, told in words.groups([node for _, node in rest])]
     curves = _curves(view)
     if curves:
         lines += ["", *curves]
@@ -65,11 +66,17 @@ def _last(curve: words.Curve) -> float | None:
     return words.last_finite(curve.training)
 
 
+def _progress(view: BoardView) -> list[str]:
+    known = words.progress(view)
+    if known is None:
+        return []
+    done = round(_BAR_WIDTH * known.share)
+    return [f"{'█' * done}{'░' * (_BAR_WIDTH - done)} {words.progress_told(view, known)}"]
+
+
 def _table(pairs: Sequence[tuple[int, NodeView]], view: BoardView, width: int) -> list[str]:
     rows = [_cells(index, node, view) for index, node in pairs]
-    names = [
-        name for name in rows[0] if name != "GPU" or any(row["GPU"] != words.NOTHING for row in rows) or width >= 100
-    ]
+    names = [name for name in rows[0] if any(row[name] for row in rows)]
     while _table_width(names, rows) > width:
         drop = next((name for name in _EXPENDABLE if name in names), None)
         if drop is None:
@@ -81,27 +88,35 @@ def _table(pairs: Sequence[tuple[int, NodeView]], view: BoardView, width: int) -
         lines.append(
             words.MARKS[words.look(node, view)] + " " + "  ".join(_pad(row[n], sizes[n], n in _LEFT) for n in names)
         )
-        said = "  │  ".join(part for part in (words.metrics(node), words.last_words(node)) if part)
+        heat = words.gpu_heat(node.machine.gpus) if "GPU" in names else ""
+        said = "  │  ".join(part for part in (heat, words.metrics(node), words.last_words(node)) if part)
         if said:
             lines.append(" " * (4 + sizes["node"]) + said)
     return lines
 
 
 def _cells(index: int, node: NodeView, view: BoardView) -> dict[str, str]:
+    """Return what the columns say of a node; a column that says nothing of any node is left out."""
     machine = node.machine
     memory = node.memory_peak_bytes if view.outcome else machine.memory_bytes
+    has_feed = words.has_feed(view)
+    fed = {
+        "fed": words.count(node.rows_received),
+        "rows": words.count(node.rows_consumed),
+        "rows/s": words.count(node.rows_per_s),
+        "last 20 s": words.rate_line(node).strip(),
+        "queued": "" if view.outcome else words.queued(node),
+        "node/feed waits": f"{words.percent(node.wait_percent)} / {words.percent(node.feed_wait_percent):>4}",
+    }
     return {
         "node": str(index),
         "role": shorten(node.name, 14),
         "host": shorten(node.host or words.NOTHING, _HOST_WIDTH),
         "state": shorten(words.state(node, view), _STATE_WIDTH),
-        "rows fed": words.count(node.rows_received),
-        "used": words.count(node.rows_consumed),
-        "rows/s": words.count(node.rows_per_s),
-        "wait": words.percent(node.wait_percent),
+        **(fed if has_feed else {}),
         "CPU": words.percent(machine.cpu_percent),
         "memory": words.size(memory),
-        "GPU": words.gpu(machine.gpus),
+        "GPU": words.gpu(machine.gpus, node.gpu_history) if words.has_gpus(view) else "",
     }
 
 

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from tfos_magic.status import BoardView, GpuSample, NodeState, NodeView
+from tfos_magic.status import BoardView, GpuSample, MachineSample, NodeState, NodeView
 
 NODES_SHOWN = 16
 """Of more nodes than this only the ones that need attention are shown, the rest is summed up."""
@@ -21,9 +21,15 @@ READY = "ready"
 _INPUT_BOUND_PERCENT = 40.0
 _COMPUTE_BOUND_PERCENT = 10.0
 _JUDGE_AFTER_S = 5.0
+_LATE_AFTER_S = 2.0  # a heartbeat is due every half second
 _SILENT_AFTER_S = 10.0
+_FEED_HELD_PERCENT = 10.0
+_FORETELL_AFTER_S = 5.0
+_FORETELL_AFTER_SHARE = 0.02
+_OTHER_ROWS = 0.1  # how far the rows that an epoch used may be off those that the feed has for one
 _SPARK = "▁▂▃▄▅▆▇█"
 _SPARK_WIDTH = 40
+_SMALL = 10
 _VALIDATION = "val_"
 _ROLES = {"ps": "parameter server"}
 
@@ -34,6 +40,7 @@ MARKS = {
     NodeState.MEETING: "◔",
     NodeState.RUNNING: "●",
     NodeState.WAITING: "◐",
+    NodeState.SAVING: "◑",
     NodeState.FINISHED: "●",
     NodeState.DONE: "✓",
     NodeState.FAILED: "✗",
@@ -52,6 +59,7 @@ _ATTENTION = (
     NodeState.MEETING,
     NodeState.WAITING,
     NodeState.RUNNING,
+    NodeState.SAVING,
     NodeState.FINISHED,
     NodeState.DONE,
 )
@@ -99,15 +107,32 @@ def number(value: float) -> str:
     return f"{value:.2e}" if abs(value) < 1e-3 or abs(value) >= 1e6 else f"{value:,.0f}"
 
 
-def gpu(samples: Sequence[GpuSample]) -> str:
-    """Return e.g. ``2 × 87 % · 31.2 GiB``: mean utilisation and summed memory in use of a node's GPUs."""
+def gpu(samples: Sequence[GpuSample], history: Sequence[float] = ()) -> str:
+    """Return e.g. ``2 × 87 % ▆▇▇ · 62/160 GiB``: mean utilisation, its last seconds, memory of all together."""
     if not samples:
         return NOTHING
-    loads = [sample.utilization_percent for sample in samples if sample.utilization_percent is not None]
+    load = percent(MachineSample(gpus=tuple(samples)).gpu_percent)
+    parts = [f"{len(samples)} × {load}".removeprefix("1 × "), *([load_line(history)] if history else [])]
+    return " · ".join(filter(None, [" ".join(parts), _gpu_memory(samples)]))
+
+
+def _gpu_memory(samples: Sequence[GpuSample]) -> str:
     used = [sample.memory_used_bytes for sample in samples if sample.memory_used_bytes is not None]
-    parts = [f"{len(samples)} × {percent(sum(loads) / len(loads) if loads else None)}".removeprefix("1 × ")]
-    parts += [size(sum(used))] if used else []
-    return " · ".join(parts)
+    totals = [sample.memory_total_bytes for sample in samples if sample.memory_total_bytes is not None]
+    if not used:
+        return ""
+    if len(totals) < len(samples):
+        return size(sum(used))
+    gib = sum(used) / 2**30
+    return f"{f'{gib:.1f}' if gib < 10 else f'{gib:.0f}'}/{sum(totals) / 2**30:.0f} GiB"
+
+
+def gpu_heat(samples: Sequence[GpuSample]) -> str:
+    """Return e.g. ``310 W · 64 °C``: the power of all GPUs together, and the hottest one's temperature."""
+    watts = [sample.power_watts for sample in samples if sample.power_watts is not None]
+    degrees = [sample.temperature_celsius for sample in samples if sample.temperature_celsius is not None]
+    parts = [f"{sum(watts):.0f} W"] if watts else []
+    return " · ".join([*parts, *([f"{max(degrees):.0f} °C"] if degrees else [])])
 
 
 def gpu_detail(samples: Sequence[GpuSample]) -> str:
@@ -139,10 +164,33 @@ def state(node: NodeView, view: BoardView) -> str:
     """Return the node's state, with a remark when nothing has been heard of it for a while."""
     if view.outcome == READY and not node.state.is_final:
         return READY
-    silent_s = view.now - node.beat_at if node.beat_at is not None else 0.0
-    if view.outcome or node.state.is_final or silent_s < _SILENT_AFTER_S:
+    age_s = beat_age_s(node, view)
+    if age_s is None or age_s < _LATE_AFTER_S:
         return node.state.value
-    return f"{node.state.value}, silent for {duration(silent_s)}"
+    told = "silent for" if age_s >= _SILENT_AFTER_S else "not heard for"
+    return f"{node.state.value}, {told} {duration(age_s)}"
+
+
+def beat_age_s(node: NodeView, view: BoardView) -> float | None:
+    """Return how old the node's last heartbeat is; None when none is due, or none has come."""
+    if view.outcome or node.state.is_final or node.beat_at is None:
+        return None
+    return max(0.0, view.now - node.beat_at)
+
+
+def queued(node: NodeView) -> str:
+    """Return the chunks that lie at a node and their size, e.g. ``12 · 48 MiB``."""
+    return f"{node.queued_chunks:,} · {size(node.queued_bytes)}" if node.queued_chunks else "0"
+
+
+def has_feed(view: BoardView) -> bool:
+    """Whether any node has got rows from Spark."""
+    return any(node.rows_received or node.rows_consumed for node in view.nodes)
+
+
+def has_gpus(view: BoardView) -> bool:
+    """Whether any node has a GPU that can be seen."""
+    return any(node.machine.gpus for node in view.nodes)
 
 
 def metrics(node: NodeView) -> str:
@@ -185,21 +233,109 @@ def bottleneck(view: BoardView) -> str:
     """Say which side is slow when it is clear, else return an empty string."""
     if view.outcome == READY:
         return ""
-    waits = [
-        node.wait_percent
-        for node in view.nodes
-        if node.wait_percent is not None
-        and node.running_since is not None
-        and (node.ended_at or view.now) - node.running_since >= _JUDGE_AFTER_S
-    ]
-    if not waits:
+    judged = [node for node in view.nodes if _ran_s(node, view) >= _JUDGE_AFTER_S]
+    waits = _mean(node.wait_percent for node in judged)
+    if waits is None:
         return ""
-    mean = sum(waits) / len(waits)
-    if mean >= _INPUT_BOUND_PERCENT:
-        return f"input-bound: nodes {'waited' if view.outcome else 'wait'} {mean:.0f} % for data"
-    if mean <= _COMPUTE_BOUND_PERCENT and rows_used(view):
-        return f"compute-bound: data {'was' if view.outcome else 'is'} there in time (nodes wait {mean:.0f} %)"
-    return ""
+    if waits >= _INPUT_BOUND_PERCENT:
+        return f"input-bound: nodes {'waited' if view.outcome else 'wait'} {waits:.0f} % for data"
+    held = _mean(node.feed_wait_percent for node in judged) or 0.0
+    if held >= (_FEED_HELD_PERCENT if waits <= _COMPUTE_BOUND_PERCENT else _INPUT_BOUND_PERCENT):
+        return f"compute-bound: the feed {'waited' if view.outcome else 'waits'} {held:.0f} % for the nodes"
+    if waits > _COMPUTE_BOUND_PERCENT or not rows_used(view):
+        return ""
+    is_past = bool(view.outcome)
+    return (
+        f"compute-bound: data {'was' if is_past else 'is'} there in time "
+        f"(nodes {'waited' if is_past else 'wait'} {waits:.0f} %)"
+    )
+
+
+def _ran_s(node: NodeView, view: BoardView) -> float:
+    return (node.ended_at or view.now) - node.running_since if node.running_since is not None else 0.0
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is."""
+
+    share: float
+    """Of the whole run, 0 … 1."""
+    epoch_share: float | None
+    """Of the epoch that goes on; None where nobody can know."""
+    left_s: float | None
+    """Seconds to its end if it goes on as it has on average; None as long as that would be a guess."""
+
+
+def progress(view: BoardView) -> Progress | None:
+    """Return how far the run is; None when it is over, or nothing tells.
+
+    Rows tell best: those used against those that the feed has for an epoch, or, where they differ, those that the
+    epochs so far have used (a function need not use the validation rows). Without a feed the reported steps tell,
+    from the second epoch on.
+    """
+    began = [node.running_since for node in view.nodes if node.running_since is not None]
+    trained = view.epoch or 0
+    if view.outcome or not began or trained > view.epochs or trained == view.epochs == 1:
+        return None  # also when the function trains for longer than the line said
+    of_rows = _epochs_by_rows(view)
+    done = of_rows if of_rows is not None else _epochs_by_steps(view)
+    if done is None and not trained:
+        return None
+    share = min(1.0, (done if done is not None else trained) / view.epochs)
+    ran_s = view.now - min(began)
+    is_clear = ran_s >= _FORETELL_AFTER_S and _FORETELL_AFTER_SHARE <= share < 1
+    return Progress(
+        share,
+        None if done is None else min(1.0, done - min(view.epochs - 1, trained or int(done))),
+        ran_s * (1 - share) / share if is_clear else None,
+    )
+
+
+def _epochs_by_rows(view: BoardView) -> float | None:
+    """Return the epochs done as the rows tell, with a fraction; whole ones as they were reported, if they were."""
+    fed = [node for node in view.nodes if node.rows_received]
+    of_nodes = [node.rows_per_epoch for node in fed if node.rows_per_epoch]
+    if not fed or len(of_nodes) < len(fed):
+        return None
+    per_epoch = float(sum(of_nodes))
+    if not view.epoch:
+        done = rows_used(view) / per_epoch
+        return min(float(view.epochs), done) if done <= view.epochs * (1 + _OTHER_ROWS) else None
+    seen = view.marked_rows / view.epoch
+    if seen and abs(seen - per_epoch) > _OTHER_ROWS * per_epoch:
+        per_epoch = seen
+    return view.epoch + min(1.0, max(0.0, rows_used(view) / per_epoch - view.epoch))
+
+
+def _epochs_by_steps(view: BoardView) -> float | None:
+    steps = [node.step for node in view.nodes if node.step is not None]
+    if not view.epoch or not view.marked_step or not steps:
+        return None
+    return view.epoch + min(1.0, max(0.0, max(steps) * view.epoch / view.marked_step - view.epoch))
+
+
+def progress_told(view: BoardView, known: Progress) -> str:
+    """Return e.g. ``47 % · epoch 3: 35 % · about 2 min left``."""
+    parts = [f"{100 * known.share:.0f} %"]
+    if known.epoch_share is not None and view.epochs > 1:
+        number = min(view.epochs, (view.epoch if view.epoch else int(known.share * view.epochs)) + 1)
+        parts.append(f"epoch {number}: {100 * known.epoch_share:.0f} %")
+    if known.left_s is not None:
+        parts.append(f"about {_roughly(known.left_s)} left")
+    return " · ".join(parts)
+
+
+def _roughly(seconds: float) -> str:
+    """Return a time that nobody can know to the second."""
+    if seconds < 57.5:
+        return f"{max(5, 5 * round(seconds / 5))} s"
+    return f"{round(seconds / 60)} min" if seconds < 3570 else f"{seconds / 3600:.1f} h"
 
 
 def headline(view: BoardView) -> tuple[str, list[str]]:
@@ -244,25 +380,62 @@ def summary(nodes: Sequence[NodeView]) -> str:
     """Return e.g. ``48 more nodes: 45 running, 3 waiting for data · 12,300 rows/s``."""
     states = Counter(node.state.value for node in nodes)
     told = ", ".join(f"{number} {name}" for name, number in states.most_common())
+    return f"{len(nodes)} more node{'s' if len(nodes) > 1 else ''}: {told}{_speed(nodes)}"
+
+
+def groups(nodes: Sequence[NodeView]) -> list[tuple[NodeState, str]]:
+    """Return the states of nodes that are not shown one by one, worst first, each with e.g. ``45 more: running``."""
+    found = sorted({node.state for node in nodes}, key=_ATTENTION.index)
+    members = [(state, [node for node in nodes if node.state is state]) for state in found]
+    return [(state, f"{len(those)} more: {state.value}{_speed(those)}{_waits(those)}") for state, those in members]
+
+
+def _speed(nodes: Sequence[NodeView]) -> str:
     rate = sum(node.rows_per_s for node in nodes)
-    speed = f" · {count(rate)} rows/s" if rate >= 0.5 else ""
-    return f"{len(nodes)} more node{'s' if len(nodes) > 1 else ''}: {told}{speed}"
+    return f" · {count(rate)} rows/s" if rate >= 0.5 else ""
+
+
+def _waits(nodes: Sequence[NodeView]) -> str:
+    waits = _mean(node.wait_percent for node in nodes)
+    return f" · wait {waits:.0f} %" if waits is not None else ""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One metric over the epochs; `validation` is empty when there was none."""
+    """One metric as it went; `validation` is empty when there was none."""
 
     name: str
     training: tuple[float, ...]
     validation: tuple[float, ...] = ()
+    places: tuple[float, ...] = ()
+    """Where the values of `training` belong: epochs, or steps."""
+    validation_places: tuple[float, ...] = ()
+    is_by_step: bool = False
 
 
 def curves(view: BoardView) -> list[Curve]:
-    """Return the history as curves, each metric with its validation twin."""
-    history = view.history
-    names = {name.removeprefix(_VALIDATION): None for name in history}
-    return [Curve(name, history.get(name, ()), history.get(_VALIDATION + name, ())) for name in names]
+    """Return the metrics as curves, each with its validation twin: by epoch from the second one on, by step before.
+
+    The loss comes first, the others in the order in which they were reported.
+    """
+    names = {name.removeprefix(_VALIDATION): None for name in (*view.history, *view.trace)}
+    found = [_curve(name, view) for name in sorted(names, key=lambda name: name != "loss")]
+    return [curve for curve in found if curve.training or curve.validation]
+
+
+def _curve(name: str, view: BoardView) -> Curve:
+    training, validation = view.history.get(name, ()), view.history.get(_VALIDATION + name, ())
+    trace = view.trace.get(name, ())
+    epochs = tuple(float(number) for number in range(1, 1 + max(len(training), len(validation))))
+    if len(trace) > 1 and len(training) < 2:
+        steps, values = zip(*trace, strict=True)
+        at = float(view.marked_step or steps[-1])
+        return Curve(name, values, validation, steps, (at,) * len(validation), is_by_step=True)
+    known = progress(view) if training and trace else None
+    places = epochs[: len(training)]
+    if known is not None and known.epoch_share:  # the epoch that goes on, as far as it has come
+        training, places = (*training, trace[-1][1]), (*places, len(training) + known.epoch_share)
+    return Curve(name, training, validation, places, epochs[: len(validation)])
 
 
 def sparkline(values: Sequence[float], low: float, high: float, width: int = _SPARK_WIDTH) -> str:
@@ -275,9 +448,19 @@ def sparkline(values: Sequence[float], low: float, high: float, width: int = _SP
 def _bar(value: float, low: float, high: float) -> str:
     if not math.isfinite(value):
         return " "
-    if high <= low:
+    if not 0 < high - low < math.inf:
         return _SPARK[0]
     return _SPARK[min(7, max(0, int((value - low) / (high - low) * 8)))]
+
+
+def rate_line(node: NodeView) -> str:
+    """Return the last seconds' rows/s of a node as a small line, from nothing up to its own highest."""
+    return sparkline(node.rate_history, 0.0, max(node.rate_history, default=0.0), _SMALL)
+
+
+def load_line(history: Sequence[float]) -> str:
+    """Return the last seconds' utilisation as a small line, from 0 to 100 %."""
+    return sparkline(history, 0.0, 100.0, _SMALL)
 
 
 def curve_range(curve: Curve) -> tuple[float, float]:
