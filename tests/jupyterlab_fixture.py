@@ -1,4 +1,4 @@
-"""A real JupyterLab in a real Chromium, for tests that look at what people see.
+"""A real JupyterLab, and a real Notebook 7, in a real Chromium, for tests that look at what people see.
 
     with jupyterlab(folder) as server, browser(server, chromium) as lab:
         lab.open_notebook("a.ipynb")
@@ -63,6 +63,7 @@ def jupyterlab(folder: Path, *, env: dict[str, str] | None = None) -> Iterator[L
     token = secrets.token_hex(16)
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1"]
     command += ["--ServerApp.port=0", f"--ServerApp.root_dir={root}", "--LabApp.expose_app_in_browser=True"]
+    command += ["--JupyterNotebookApp.expose_app_in_browser=True"]  # Notebook 7 comes from the same server
     command += ["--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
     process = subprocess.Popen(
         command,
@@ -182,11 +183,20 @@ class Lab:
         self.page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
         self.page.evaluate("() => jupyterapp.shell.currentWidget.context.ready")
         if kernel:
-            self.page.evaluate("async () => { await jupyterapp.shell.currentWidget.sessionContext.ready; }")
-            self.page.wait_for_function(
-                "() => jupyterapp.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'",
-                timeout=60_000,
-            )
+            self._wait_for_kernel()
+
+    def open_in_notebook_7(self, path: str) -> None:
+        """Open a notebook in Notebook 7; wait until its kernel is ready."""
+        self.page.goto(f"{self.server.url}/notebooks/{path}?token={self.server.token}")
+        self.page.wait_for_function("() => window.jupyterapp?.shell?.currentWidget?.sessionContext", timeout=60_000)
+        self._wait_for_kernel()
+
+    def _wait_for_kernel(self) -> None:
+        self.page.evaluate("async () => { await jupyterapp.shell.currentWidget.sessionContext.ready; }")
+        self.page.wait_for_function(
+            "() => jupyterapp.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'",
+            timeout=60_000,
+        )
 
     def execute(self, command: str, **args: Any) -> None:
         """Run one of JupyterLab's commands to its end."""

@@ -297,3 +297,55 @@ def luminance(colour: str) -> float:
     channels = [int(value) / 255 for value in re.findall(r"[\d.]+", colour)[:3]]
     linear = [value / 12.92 if value <= 0.03928 else ((value + 0.055) / 1.055) ** 2.4 for value in channels]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_notebook_7_shows_the_same_and_obeys_the_stop_button(lab):
+    cells = [SETUP, LIVE.format(speed=1), "6 * 7", PICTURES["gpu"], PICTURES["done"]]
+    write_notebook(lab.server.root / "seven.ipynb", cells)
+    lab.open_in_notebook_7("seven.ipynb")
+    lab.run_cell(0)
+    lab.start_cell(1)
+    board = lab.output(1).locator(".tfos-board")
+    board.get_by_text("training").first.wait_for(timeout=30_000)
+    lab.output(1).get_by_role("button", name="Stop").click()
+    lab.wait_cell()
+    board.get_by_text("stopped after").wait_for()
+    for index in (2, 3, 4):
+        lab.run_cell(index)
+    assert "42" in lab.output(2).inner_text()
+    assert "done in" in lab.output(4).inner_text()
+    for theme in ("Light", "Dark"):
+        lab.theme(f"JupyterLab {theme}")
+        lab.screenshot(f"notebook-7-{theme.lower()}", 3)
+        assert violations(lab, 3) == violations(lab, 4) == []
+        assert overflow(lab.output(3)) <= 0
+
+
+TWO_RUNS = """
+%load_ext tfos_magic
+runs = get_ipython().magics_manager.magics["line"]["tfos_status"].__self__._runs.runs
+def begin(name, nodes):
+    board = StatusBoard()
+    work = lambda stop: play(board, nodes=nodes, speed=1.5)
+    return runs.start(name, board, work, BackgroundBoard(board, get_ipython()))
+one, two = begin("one", 2), begin("two", 3)
+"""
+
+
+def test_after_a_reload_both_boards_are_live_again_and_never_mixed(lab):
+    write_notebook(lab.server.root / "two.ipynb", [SETUP, TWO_RUNS, "%tfos_status", "one.stop(); two.stop()"])
+    lab.open_notebook("two.ipynb")
+    lab.run_cell(0)
+    lab.run_cell(1)
+    lab.output(1).locator(".tfos-board").nth(1).get_by_text("running").first.wait_for(timeout=30_000)
+    lab.open_notebook("two.ipynb")  # the same kernel
+    lab.run_cell(2)
+    boards = lab.output(2).locator(".tfos-board")
+    assert boards.count() == 2
+    for index, nodes in enumerate((2, 3)):
+        board = boards.nth(index)
+        board.get_by_text(re.compile("epoch [45] of 5")).wait_for(timeout=60_000)
+        assert f"{nodes} nodes" in board.inner_text()
+        assert len(re.findall(r"\b(?:chief|worker):\d", board.inner_text())) == nodes
+    lab.run_cell(3)
+    assert boards.get_by_text("done in").count() == 2
