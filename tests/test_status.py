@@ -200,6 +200,15 @@ def test_history_is_the_mean_of_the_nodes_that_have_reported_an_epoch():
     assert board.view().epoch == 2
 
 
+def test_what_a_node_tells_of_an_epoch_again_takes_the_place_of_the_first():
+    told = [epoch(1, f"worker:{index}", loss=float(index)) for index in range(3)]
+    later = [epoch(number, f"worker:{index}", loss=0.5) for number in range(2, 9) for index in range(3)]
+    board = board_of(*told, *later, epoch(1, "worker:0", loss=6.0))  # as in a second fit
+    assert board.view().history["loss"] == (3.0, *[0.5] * 7)
+    board.apply(epoch(1, "worker:9", loss=math.nan))
+    assert math.isnan(board.view().history["loss"][0])
+
+
 @pytest.mark.parametrize("nodes", [3, 7, 10])
 def test_the_mean_of_what_all_nodes_agree_on_is_exactly_that(nodes):
     board = board_of(*(epoch(1, f"worker:{index}", loss=0.1) for index in range(nodes)))

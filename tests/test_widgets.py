@@ -131,6 +131,17 @@ def test_a_heartbeat_that_is_late_is_told_before_it_is_alarming(draw):
     assert "running, not heard for 4 s" in draw(replace(view, now=view.now + 4))
 
 
+@pytest.mark.parametrize("draw", [render_html, render_text])
+def test_of_a_thousand_nodes_none_is_late_after_four_seconds(draw):
+    board = StatusBoard()
+    for index in range(1000):
+        board.apply(NodeChanged(f"worker:{index}", NodeState.RUNNING, "host", at=100))
+        board.apply(NodeBeat(f"worker:{index}", at=100))
+    view = replace(board.view(), now=104)
+    assert "not heard for" not in draw(view)
+    assert "silent for 14 s" in draw(replace(view, now=114))
+
+
 def test_the_age_of_the_heartbeat_can_always_be_looked_up():
     assert render_html(view_at(17.3), live=True).count('title="last heartbeat 0 s ago"') == 4
     assert "heartbeat" not in render_html(finished().view())

@@ -11,15 +11,9 @@ from typing import Any
 from tfos_magic import roles
 from tfos_magic.members import Member
 from tfos_magic.options import RunOptions
+from tfos_magic.status import beat_interval_s
 
-_BEAT_S = 0.5
-_BEATS_PER_S = 300  # of all nodes together: the driver gives a few percent of a core to them
 _DATA_OPTIONS = ("batch_size", "epochs", "features", "label", "weight", "shuffle", "seed")
-
-
-def beat_interval_s(num_nodes: int) -> float:
-    """Return the seconds between two heartbeats of a node: half a second, more where there are so many to listen to."""
-    return max(_BEAT_S, num_nodes / _BEATS_PER_S)
 
 
 class Briefing:

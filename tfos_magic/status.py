@@ -14,6 +14,7 @@ import math
 import re
 import threading
 import time
+from array import array
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -30,6 +31,8 @@ _REPORTS_KEPT = 10_000
 _SAMPLES_KEPT = 20  # of what the board draws as a small line in a node's row
 _SAMPLE_EVERY_S = 0.9  # nearly every second beat: the line shows twenty seconds
 _TRACE_POINTS = 96
+_BEAT_S = 0.5
+_BEATS_PER_S = 300  # of all nodes together: the driver gives a few percent of a core to them
 LEFT_OUT = re.compile(r"… ([\d,]+) (?:earlier lines left out|lines left out here)")
 """A line that stands for others; as the first of a node's log: it is not the first that the node wrote."""
 
@@ -86,6 +89,11 @@ class MachineSample:
         """Mean utilisation of the GPUs; None where none says."""
         loads = [gpu.utilization_percent for gpu in self.gpus if gpu.utilization_percent is not None]
         return sum(loads) / len(loads) if loads else None
+
+
+def beat_interval_s(num_nodes: int) -> float:
+    """Return the seconds between two heartbeats of a node: half a second, more where there are so many to listen to."""
+    return max(_BEAT_S, num_nodes / _BEATS_PER_S)
 
 
 # --- events -----------------------------------------------------------------------------------------------
@@ -302,7 +310,9 @@ class StatusBoard:
         self._reports: dict[str, deque[float]] = {}
         self._latest: dict[str, dict[str, float]] = {}  # metric → node → what it reported last
         self._traces: dict[str, _Trace] = {}
-        self._epochs: dict[int, dict[str, dict[str, float]]] = {}  # epoch → metric → node → value
+        self._epochs: dict[int, dict[str, _Mean]] = {}  # epoch → metric → over the nodes
+        self._indices: dict[str, int] = {}  # of the nodes that have reported epochs
+        self._is_history_stale = False
         self._log_lines_kept = log_lines_kept
 
     def apply(self, event: Event) -> None:
@@ -316,6 +326,9 @@ class StatusBoard:
         with self._lock:
             now = self._view.now if self._view.outcome else time.time()
             started_at = self._view.started_at or now
+            if self._is_history_stale:
+                self._view = replace(self._view, history=self._history())
+                self._is_history_stale = False
             # A run that was refused before any node had a place has no rows to show.
             is_refused = bool(self._view.outcome) and not any(node.host for node in self._nodes.values())
             nodes = () if is_refused else tuple(self._nodes.values())
@@ -503,19 +516,20 @@ class StatusBoard:
         self._view = replace(self._view, trace={name: trace.points for name, trace in self._traces.items()})
 
     def _measure_epoch(self, event: MetricsReported, epoch: int) -> None:
+        means = self._epochs.setdefault(epoch, {})
+        index = self._indices.setdefault(event.node, len(self._indices))
         for name, value in event.values.items():
-            self._epochs.setdefault(epoch, {}).setdefault(name, {})[event.node] = value
-        self._epochs.setdefault(epoch, {})
-        epochs = sorted(self._epochs)
-        names = {name: None for number in epochs for name in self._epochs[number]}
-        history = {
-            name: tuple(_mean(self._epochs[number].get(name, {}).values()) for number in epochs) for name in names
-        }
+            means.setdefault(name, _Mean()).add(index, value)
+        self._is_history_stale = True
         if epoch > (self._view.epoch or 0):
             rows = sum(node.rows_consumed for node in self._nodes.values())
             steps = [node.step for node in self._nodes.values() if node.step is not None]
-            self._view = replace(self._view, marked_rows=rows, marked_step=max(steps, default=None))
-        self._view = replace(self._view, history=history, epoch=epochs[-1])
+            self._view = replace(self._view, epoch=epoch, marked_rows=rows, marked_step=max(steps, default=None))
+
+    def _history(self) -> dict[str, tuple[float, ...]]:
+        epochs = [self._epochs[number] for number in sorted(self._epochs)]
+        names = {name: None for means in epochs for name in means}
+        return {name: tuple(means[name].value if name in means else math.nan for means in epochs) for name in names}
 
     def _end(self, event: RunEnded) -> None:
         if self._view.outcome:
@@ -554,6 +568,38 @@ class _Trace:
         if len(self._kept) > _TRACE_POINTS:
             self._kept = self._kept[::2]
             self._stride *= 2
+
+
+class _Mean:
+    """The mean of one metric over the nodes, each with what it told last.
+
+    One more node costs no look at the others, and eight bytes: there are as many of these as epochs and metrics.
+    """
+
+    def __init__(self) -> None:
+        self.value = math.nan
+        self._told = array("d")
+        self._has_told = bytearray()
+        self._count = 0
+        self._total = 0.0
+        self._are_equal = True
+
+    def add(self, index: int, value: float) -> None:
+        """Take in what the node with this index tells."""
+        more = index + 1 - len(self._told)
+        if more > 0:
+            self._told.extend([0.0] * more)
+            self._has_told.extend(bytes(more))
+        is_new = not self._has_told[index]
+        self._told[index], self._has_told[index] = value, 1
+        if is_new:
+            self._are_equal &= not self._count or value == self.value
+            self._count += 1
+            self._total += value
+            self.value = value if self._are_equal else self._total / self._count
+        else:
+            told = [each for each, has_told in zip(self._told, self._has_told, strict=True) if has_told]
+            self.value, self._total, self._are_equal = _mean(told), sum(told), len({*told}) == 1
 
 
 def _mean(values: Iterable[float]) -> float:

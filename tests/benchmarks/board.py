@@ -30,11 +30,10 @@ os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
 from benchmarks.tables import local_spark, median, print_machine, print_table
 from runs import run_cell
 
-from tfos_magic.briefing import beat_interval_s
 from tfos_magic.members import Member
 from tfos_magic.rendezvous import Message, Peer, RendezvousServer, connect
 from tfos_magic.roles import assign
-from tfos_magic.status import PhaseChanged, RunPlanned, StatusBoard
+from tfos_magic.status import PhaseChanged, RunPlanned, StatusBoard, beat_interval_s
 from tfos_magic.widgets import LiveBoard
 
 SECRET = bytes(32)

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from tfos_magic.status import BoardView, GpuSample, MachineSample, NodeState, NodeView
+from tfos_magic.status import BoardView, GpuSample, MachineSample, NodeState, NodeView, beat_interval_s
 
 NODES_SHOWN = 16
 """Of more nodes than this only the ones that need attention are shown, the rest is summed up."""
@@ -21,7 +21,7 @@ READY = "ready"
 _INPUT_BOUND_PERCENT = 40.0
 _COMPUTE_BOUND_PERCENT = 10.0
 _JUDGE_AFTER_S = 5.0
-_LATE_AFTER_S = 2.0  # a heartbeat is due every half second
+_LATE_AFTER_BEATS = 4
 _SILENT_AFTER_S = 10.0
 _FEED_HELD_PERCENT = 10.0
 _FORETELL_AFTER_S = 5.0
@@ -165,7 +165,7 @@ def state(node: NodeView, view: BoardView) -> str:
     if view.outcome == READY and not node.state.is_final:
         return READY
     age_s = beat_age_s(node, view)
-    if age_s is None or age_s < _LATE_AFTER_S:
+    if age_s is None or age_s < _LATE_AFTER_BEATS * beat_interval_s(len(view.nodes)):
         return node.state.value
     told = "silent for" if age_s >= _SILENT_AFTER_S else "not heard for"
     return f"{node.state.value}, {told} {duration(age_s)}"
