@@ -8,16 +8,17 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 from fake_run import run_events
+from test_background import wait_until
 from test_end_to_end import BODY, DATA, Notebook
 
 from tfos_magic.errors import UsageError
@@ -213,11 +214,8 @@ def test_a_process_that_cannot_start_says_why(tmp_path, monkeypatch):
     servers.close()
 
 
-@pytest.fixture
-def notebook(tmp_path: Path) -> Iterator[Notebook]:
-    notebook = Notebook(tmp_path)
-    yield notebook
-    notebook.close()
+def scratch_directories() -> list[Path]:
+    return list(Path(tempfile.gettempdir()).glob("tfos_magic-tensorboard-*"))
 
 
 PYTHON = "import os, sys; os.environ['PYSPARK_PYTHON'] = sys.executable"
@@ -225,7 +223,24 @@ RUN = """%%tfos_train --executors 2 --data frame --validation test --epochs 2 --
 
 
 @pytest.mark.slow
-def test_in_a_notebook(notebook: Notebook, tmp_path: Path) -> None:
+def test_in_a_notebook(tmp_path: Path) -> None:
+    notebook = Notebook(tmp_path)
+    try:
+        url = two_runs(notebook, tmp_path / "logs")
+        sleeping = notebook.start("import time; print('he' 're'); time.sleep(60)")
+        notebook.wait_for(sleeping, "here")
+        notebook.manager.interrupt_kernel()
+        notebook.finish(sleeping)
+        assert runs_at(url)  # an interrupt is not for it
+    finally:
+        notebook.close()
+    wait_until(lambda: not scratch_directories())
+    with pytest.raises(OSError):
+        urllib.request.urlopen(url, timeout=5)
+
+
+def two_runs(notebook: Notebook, logs: Path) -> str:
+    """Run twice with ``--tensorboard``; return the URL."""
     started = notebook.run("%load_ext tfos_magic\nfrom pyspark.sql import SparkSession\n" + PYTHON)
     assert started.status == "ok"
     session = "spark = SparkSession.builder.master('local[3]').config('spark.ui.enabled', False).getOrCreate()"
@@ -234,7 +249,7 @@ def test_in_a_notebook(notebook: Notebook, tmp_path: Path) -> None:
         trained = notebook.run(RUN + options + BODY)
         assert trained.status == "ok", trained.traceback
     assert notebook.run("r = r.wait(); len(r.history['loss'])").text.strip() == "2"
-    first, second = sorted((tmp_path / "logs").iterdir())
+    first, second = sorted(logs.iterdir())
     assert {path.name for path in first.iterdir()} == {"train", "validation", "chief-0", "worker-0"}
     for run in (first, second):
         assert [step for step, _ in scalars(run / "train")["epoch_loss"]] == [0, 1]
@@ -244,6 +259,4 @@ def test_in_a_notebook(notebook: Notebook, tmp_path: Path) -> None:
     assert {f"{first.name}/train", f"{second.name}/validation"} <= set(runs_at(url[1]))
     refused = notebook.run("%%tfos_train --executors 2 --tensorboard hdfs://a/b\n1")
     assert "UsageError" in refused.traceback
-    assert notebook.run("%unload_ext tfos_magic").status == "ok"
-    with pytest.raises(OSError):
-        urllib.request.urlopen(url[1], timeout=5)
+    return url[1]

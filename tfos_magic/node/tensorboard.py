@@ -54,6 +54,7 @@ class TensorBoard:
         self._process = subprocess.Popen(
             [*command, "--port", "0", "--load_fast", "false"],  # the fast loader is one more process
             stdin=subprocess.PIPE,
+            start_new_session=True,  # a notebook sends its signals, ■ among them, to the kernel's whole group
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             env={
