@@ -493,7 +493,7 @@ def _travelling(home: str) -> Callable[..., Any]:
             return pickle.loads, (self.data,)
 
     class Arrival:
-        """Unpickles as what :func:`arrive` returns."""
+        """Unpickles as what ``arrive`` returns."""
 
         def __init__(self, *args: Any) -> None:
             self.args = args
