@@ -97,7 +97,7 @@ class Snapshot:
         self._wait_for_ends(grace_s)
         now = Snapshot.take(directory)
         return [
-            *(f"process {_describe(process)}" for process in now.processes - self.processes),
+            *(f"process {told}" for process in now.processes - self.processes if (told := _describe(process))),
             *(f"thread {thread!r} running {_target(thread)}" for thread in now.threads - self.threads),
             *(f"listening on {port}" for port in sorted(now.ports - self.ports)),
             *(f"file {file}" for file in sorted(now.files - self.files)),
@@ -184,12 +184,13 @@ def _is_zombie(process: psutil.Process) -> bool:
 
 
 def _describe(process: psutil.Process) -> str:
+    """Return what it is; empty if it has gone meanwhile, as the ``rm`` has with which Spark's worker tidies up."""
     try:
         with process.oneshot():
             what = "a zombie: nobody waited for it" if _is_zombie(process) else shlex.join(process.cmdline())[:300]
             return f"{process.pid} (parent {process.ppid()}): {what}"
     except psutil.NoSuchProcess:
-        return f"{process.pid}: just gone"
+        return ""
 
 
 def _threads() -> Iterable[threading.Thread]:

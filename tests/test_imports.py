@@ -90,6 +90,7 @@ LAYERS = {
     "tfos_magic.tfrecords.varints": "executor",
     "tfos_magic.training": "executor",
     "tfos_magic.training.agreement": "executor",
+    "tfos_magic.training.batch_norm": "executor",
     "tfos_magic.training.keras_fit": "executor",
     "tfos_magic.training.ring": "executor",
     "tfos_magic.training.shared_step": "executor",
@@ -180,7 +181,11 @@ FACE = "tfos_magic"
 HEAVY = {"IPython", "asyncio", "ipywidgets", "keras", "multiprocessing", "numpy", "pandas", "pyarrow", "pyspark"}
 ABSENT_ON_EXECUTORS = {"IPython", "ipywidgets", "keras", "pyspark", "tensorflow"}
 # Reached only when the user's function has imported Keras, which itself imports IPython where that is installed.
-NEEDS_KERAS = {"tfos_magic.training.keras_fit", "tfos_magic.training.shared_step"}
+NEEDS_KERAS = {
+    "tfos_magic.training.batch_norm",
+    "tfos_magic.training.keras_fit",
+    "tfos_magic.training.shared_step",
+}
 IMPORT_LIMIT_S = 0.050
 
 

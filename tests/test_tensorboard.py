@@ -149,7 +149,7 @@ def test_a_server_shows_the_runs_is_used_again_and_ends(tmp_path):
         assert url.startswith("http://127.0.0.1:")
         assert again.url() == url
         assert len(children() - before) == 1
-        assert {f"{run.name}/train", f"{run.name}/chief-0"} <= set(runs_at(url))
+        wait_until(lambda: {f"{run.name}/train", f"{run.name}/chief-0"} <= set(runs_at(url)))  # it looks now and then
         servers.show(tmp_path / "logs", other)
         assert other.answer[0] == url  # known: told at once
     finally:
@@ -256,7 +256,7 @@ def two_runs(notebook: Notebook, logs: Path) -> str:
         assert scalars(run / "chief-0")["feed/rows_received"][-1][1] > 0
     url = re.search(r"TensorBoard: (http://127\.0\.0\.1:\d+/)", trained.text + notebook.run("1").text)
     assert url is not None  # the second cell asks a server that is there already
-    assert {f"{first.name}/train", f"{second.name}/validation"} <= set(runs_at(url[1]))
+    wait_until(lambda: {f"{first.name}/train", f"{second.name}/validation"} <= set(runs_at(url[1])))
     refused = notebook.run("%%tfos_train --executors 2 --tensorboard hdfs://a/b\n1")
     assert "UsageError" in refused.traceback
     return url[1]

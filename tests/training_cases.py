@@ -9,6 +9,7 @@ distributed model is from it.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -16,6 +17,7 @@ import logging
 import os
 import pickle
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -26,6 +28,7 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
+import training_zoo
 
 from tfos_magic import training
 
@@ -583,13 +586,285 @@ def plain_loop(weights: list[Any], x: Any, y: Any, batch: int) -> list[Any]:
     return [kernel, bias]
 
 
+# --- the zoo --------------------------------------------------------------------------------------------------
+
+
+class NestedRows(Rows):
+    """Rows as nested as the model's inputs and outputs are."""
+
+    def __init__(self, columns: Any) -> None:
+        super().__init__(tuple(tf.nest.flatten(columns)))
+        object.__setattr__(self, "nested", columns)
+
+    def dataset(self, batches: list[Any], *, knows_size: bool = True) -> tf.data.Dataset:
+        flat = super().dataset(batches, knows_size=knows_size)
+        return flat.map(lambda *columns: tf.nest.pack_sequence_as(self.nested, columns))  # type: ignore[attr-defined]
+
+
+class Watch(keras.callbacks.Callback):
+    """What a fit has done, epoch by epoch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights: list[list[Any]] = []
+        self.digests: list[str] = []
+        self.rates: list[float] = []
+        self.batches = 0
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        self.batches += 1
+        self._rate = float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate))
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        self.weights.append([np.array(w) for w in self.model.get_weights()])
+        self.digests.append(hashlib.sha256(b"".join(w.tobytes() for w in self.weights[-1])).hexdigest())
+        self.rates.append(self._rate)
+
+
+def build_row(row: training_zoo.Row) -> Any:
+    keras.config.set_dtype_policy(row.policy)
+    try:
+        model = row.model(keras)
+        model.compile(row.optimizer(keras), row.loss, metrics=row.metrics(keras), **row.compile)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    return model
+
+
+def fit_row(row: training_zoo.Row, model: Any, data: Any, *, has_callbacks: bool) -> tuple[Watch, dict[str, Any]]:
+    """Train, and say what has come of it: all but the weights, which are with the Watch."""
+    folder = Path(tempfile.mkdtemp())
+    watch = Watch()
+    callbacks = row.callbacks(keras, folder) if row.callbacks and has_callbacks else []
+    validation = data if row.validates else None
+    callbacks = [*callbacks, watch]
+    fit = model.fit(data, epochs=row.epochs, validation_data=validation, verbose=0, callbacks=callbacks, **row.fit)
+    evaluated = model.evaluate(data, return_dict=True, verbose=0) if row.validates else {"none": 0}
+    watch.weights.append([np.array(w) for w in model.get_weights()])
+    return watch, {
+        "history": {name: [float(x) for x in values] for name, values in fit.history.items()},
+        "evaluated": {name: float(np.mean(value)) for name, value in evaluated.items()},
+        "digests": [*watch.digests, digest(model)],
+        "rates": watch.rates,
+        "batches": watch.batches,
+        "files": {file.name: read_file(file) for file in sorted(folder.iterdir())},
+    }
+
+
+def read_file(file: Path) -> list[list[float]]:
+    """Return the numbers of a log, the largest and the sum of each weight of a model."""
+    if file.suffix == ".csv":
+        return [[float(x) for x in line.split(",")] for line in file.read_text().splitlines()[1:]]
+    if file.suffix == ".keras":
+        return [[float(w.max()), float(w.sum())] for w in keras.models.load_model(file).get_weights()]
+    return []
+
+
+def train_row(name: str, ctx: Context) -> tuple[dict[str, Any], Callable[[], dict[str, Any]]]:
+    """Train a row of the zoo over the nodes.
+
+    Returns
+    -------
+    found : dict
+    refer : callable
+        Trains it in one process, too, and returns the distances between the two.
+    """
+    row = training_zoo.TABLE[name]
+    rows = NestedRows(row.columns())
+    layout = uneven(training_zoo.COUNT, ctx.num_nodes)
+    mine = [step[ctx.rank] for step in layout]
+    keras.utils.set_random_seed(100 + ctx.rank)
+    model = training.distribute(build_row(row), ctx)
+    watch, found = fit_row(row, model, rows.dataset(mine), has_callbacks=ctx.is_chief or not row.chief_only)
+    found["empty_batches"] = sum(len(batch) == 0 for batch in mine)
+
+    def refer() -> dict[str, Any]:
+        keras.utils.set_random_seed(100)
+        reference = build_row(row)
+        if row.by_shards:
+            sizes = itertools.cycle([[len(share) for share in step] for step in layout])
+            reference.train_step = functools.partial(step_by_shards, reference, sizes)
+            reference.run_eagerly = True
+        whole = rows.dataset([np.concatenate(step) for step in layout])
+        return distances(watch, found, *fit_row(row, reference, whole, has_callbacks=True))
+
+    return found, refer
+
+
+def distances(watch: Watch, found: dict[str, Any], other: Watch, expected: dict[str, Any]) -> dict[str, Any]:
+    """Say how far from the reference all has stayed."""
+    names = set(expected["history"]) - {"learning_rate"}  # where only the chief has the callback; see the rates
+    assert names == set(found["history"]) - {"learning_rate"}, (names, set(found["history"]))
+    off = {
+        "weights_off": [distance(a, b) for a, b in zip(watch.weights, other.weights, strict=True)],
+        "history_off": {k: distance([found["history"][k]], [expected["history"][k]]) for k in names},
+        "evaluated_off": distance(
+            [found["evaluated"][k] for k in expected["evaluated"]], expected["evaluated"].values()
+        ),
+        "rates_off": distance([found["rates"]], [expected["rates"]]),
+    }
+    largest = max([*off["weights_off"], *off["history_off"].values(), off["evaluated_off"]])
+    return off | {
+        "largest": largest,
+        "moved": distance(other.weights[0], other.weights[len(other.digests) - 1]),
+        "expected": {name: expected[name] for name in ("batches", "files", "rates")},
+    }
+
+
+def step_by_shards(model: Any, sizes: Iterator[list[int]], data: Any) -> dict[str, Any]:
+    """Train on each node's rows by themselves, then average as the nodes do: gradients, moving statistics, the loss."""
+    x, y = data
+    shards = zip(
+        *(tf.split(part, next_sizes) for part, next_sizes in zip((x, y), [next(sizes)] * 2, strict=True)), strict=True
+    )
+    statistics = model.non_trainable_variables
+    before = [tf.identity(v.value) for v in statistics]
+    totals = [tf.zeros_like(v.value) for v in (*model.trainable_variables, *statistics)]
+    mean_loss = tf.constant(0.0)
+    for own_x, own_y in shards:
+        if not len(own_x):
+            continue
+        for variable, value in zip(statistics, before, strict=True):
+            variable.assign(value)
+        with tf.GradientTape() as tape:
+            predicted = model(own_x, training=True)
+            loss = model.compute_loss(x=own_x, y=own_y, y_pred=predicted)
+        gradients = tape.gradient(loss, [v.value for v in model.trainable_variables])
+        share = len(own_x) / len(x)
+        parts = [*gradients, *(v.value for v in statistics)]
+        totals = [total + share * part for total, part in zip(totals, parts, strict=True)]
+        mean_loss += share * loss
+        model.compute_metrics(own_x, own_y, predicted)
+    count = len(model.trainable_variables)
+    for variable, total in zip(statistics, totals[count:], strict=True):
+        variable.assign(total)
+    model.optimizer.apply(totals[:count], model.trainable_variables)
+    model.metrics[0].update_state(mean_loss, sample_weight=len(x))
+    return dict(model.get_metrics_result())
+
+
+def refer_all(found: dict[str, dict[str, Any]], pending: dict[str, Callable[[], dict[str, Any]]], ctx: Context) -> None:
+    """Train the references, each on one node only: they are the longer half of the work."""
+    for number, (name, refer) in enumerate(pending.items()):
+        if number % ctx.num_nodes == ctx.rank and "error" not in found[name]:
+            found[name] |= guarded(f"reference of {name}", refer)
+
+
+# --- callbacks that decide --------------------------------------------------------------------------------------
+
+
+def case_resume(ctx: Context) -> dict[str, Any]:
+    """BackupAndRestore with a folder that only the chief has: all go on at its epoch, with its weights and slots."""
+    folder = Path(tempfile.mkdtemp())
+    rows = classification()
+    layout = uneven(150, ctx.num_nodes)
+    share, whole = rows.dataset([step[ctx.rank] for step in layout]), rows.dataset([np.concatenate(s) for s in layout])
+    seen = []
+
+    def fit(model: Any, data: Any, epochs: int) -> Any:
+        backup = keras.callbacks.BackupAndRestore(str(folder / "backup"), delete_checkpoint=False)
+        model.fit(data, epochs=epochs, verbose=0, callbacks=[backup])
+        seen.append(model.history.epoch)
+        return model
+
+    keras.utils.set_random_seed(100 + ctx.rank)
+    fit(training.distribute(dense(keras.optimizers.Adam(0.01)), ctx), share, 2)
+    keras.utils.set_random_seed(200 + ctx.rank)
+    model = fit(training.distribute(dense(keras.optimizers.Adam(0.01)), ctx), share, 4)
+    keras.utils.set_random_seed(100)
+    reference = dense(keras.optimizers.Adam(0.01))
+    reference.fit(whole, epochs=4, verbose=0)
+    return {
+        "digest": digest(model),
+        "epochs": seen,
+        "off": distance(model.get_weights(), reference.get_weights()),
+        "files": sorted(file.name for file in folder.iterdir()),
+    }
+
+
+def case_nan(ctx: Context) -> dict[str, Any]:
+    """One node's rows make the loss no number: all stop after that step, as one process does."""
+    x, y = classification().columns
+    layout = uneven(150, ctx.num_nodes)
+    x[layout[4][-1][0]] = np.nan
+    rows = Rows((x, y))
+    share, whole = rows.dataset([step[ctx.rank] for step in layout]), rows.dataset([np.concatenate(s) for s in layout])
+    watches = []
+
+    def fit(model: Any, data: Any) -> Any:
+        watches.append(Watch())
+        model.fit(data, epochs=3, verbose=0, callbacks=[keras.callbacks.TerminateOnNaN(), watches[-1]])
+        return model
+
+    model = fit(training.distribute(dense(sgd()), ctx), share)
+    fit(dense(sgd()), whole)
+    return {"digest": digest(model), "batches": [watch.batches for watch in watches]}
+
+
+class OwnCheckpoint(keras.callbacks.ModelCheckpoint):
+    """Made of Keras's."""
+
+
+def case_writers(ctx: Context) -> dict[str, Any]:
+    """Which callbacks are left out, on which nodes."""
+    folder = Path(tempfile.mkdtemp())
+    records: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("tfos_magic.training.keras_fit")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    model, share = distributed(ctx)
+    own = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: (folder / "own").touch())
+    writers = [OwnCheckpoint(folder / "own.keras"), keras.callbacks.TensorBoard(str(folder / "board"))]
+    model.fit(share, epochs=1, verbose=0, callbacks=[own, *writers])
+    listed = keras.callbacks.CallbackList([keras.callbacks.CSVLogger(folder / "log.csv"), own], model=model)
+    model.fit(share, epochs=1, verbose=0, callbacks=listed)
+    model.evaluate(share, verbose=0, callbacks=[keras.callbacks.TensorBoard(str(folder / "evaluated"))])
+    logger.removeHandler(handler)
+    files = sorted(file.name for file in folder.iterdir())
+    return {"digest": digest(model), "files": files, "said": [text for text in records if "Left out" in text]}
+
+
+def case_different_first_epochs(ctx: Context) -> dict[str, Any]:
+    model, share = distributed(ctx)
+    model.fit(share, epochs=3, initial_epoch=ctx.rank, verbose=0)
+    return {}
+
+
+def case_stops_alone(ctx: Context) -> dict[str, Any]:
+    """One node would stop in the middle of an epoch. Ends the ring."""
+    model, share = distributed(ctx)
+
+    def stop(batch: int, logs: Any) -> None:
+        model.stop_training |= ctx.rank == 1 and batch == 3
+
+    try:
+        model.fit(share, epochs=1, verbose=0, callbacks=[keras.callbacks.LambdaCallback(on_train_batch_end=stop)])
+    finally:
+        training.close(ctx)
+    return {}
+
+
+def case_different_schedules(ctx: Context) -> dict[str, Any]:
+    """Ends the ring."""
+    rates = keras.optimizers.schedules.ExponentialDecay(0.1 + 0.1 * ctx.rank, 10, 0.9)
+    model, share = distributed(ctx, keras.optimizers.SGD(rates))
+    try:
+        model.fit(share, epochs=1, verbose=0)
+    finally:
+        training.close(ctx)
+    return {}
+
+
 # --- running --------------------------------------------------------------------------------------------------
 
 
-def run(name: str, ctx: Context) -> dict[str, Any]:
+def guarded(name: str, action: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return what `action` returns, or its error; say how long it took."""
     started = time.monotonic()
     try:
-        found = globals()[f"case_{name}"](ctx)
+        found = action()
     except Exception as error:
         traceback.print_exc()
         kind = type(error)
@@ -598,9 +873,23 @@ def run(name: str, ctx: Context) -> dict[str, Any]:
     return found
 
 
+def run(name: str, ctx: Context, pending: dict[str, Callable[[], dict[str, Any]]]) -> dict[str, Any]:
+    kind, _, row = name.rpartition(":")
+    if not kind:
+        return guarded(name, lambda: globals()[f"case_{name}"](ctx))
+
+    def train() -> dict[str, Any]:
+        found, pending[name] = train_row(row, ctx)
+        return found
+
+    return guarded(name, train)
+
+
 def main(result: Path, cases: list[str]) -> None:
     ctx = Context.from_environment()
-    found = {name: run(name, ctx) for name in cases}
+    pending: dict[str, Callable[[], dict[str, Any]]] = {}
+    found = {name: run(name, ctx, pending) for name in cases}
+    refer_all(found, pending, ctx)
     found["versions"] = {"keras": keras.__version__, "tensorflow": tf.__version__}
     result.write_text(json.dumps(found))
 

@@ -54,6 +54,8 @@ def run_nodes(
 ) -> list[NodeOutcome]:
     """Run `cases` of training_cases.py, one after the other, on `count` nodes at once.
 
+    ``zoo:NAME`` is a row of training_zoo.py.
+
     Returns
     -------
     list of NodeOutcome
@@ -75,6 +77,17 @@ def run_nodes(
             NodeOutcome(process.returncode, found, output)
             for process, found, output in zip(processes, results, outputs, strict=True)
         ]
+
+
+def merged(nodes: Sequence[NodeOutcome]) -> dict[str, dict[str, Any]]:
+    """Return the zoo's rows by their names: what the chief found, with the distances that one of the nodes measured."""
+    found: dict[str, dict[str, Any]] = {}
+    for node in reversed(nodes):
+        for case, result in node.results.items():
+            kind, _, name = case.rpartition(":")
+            if kind:
+                found[name] = found.get(name, {}) | result
+    return found
 
 
 def _output_of(process: subprocess.Popen[str], deadline: float) -> str:

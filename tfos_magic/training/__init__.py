@@ -5,6 +5,7 @@ Runs on: executors.
     ring.py             sums of arrays over all nodes, by TCP; knows nothing of TensorFlow
     keras_fit.py        the hooks on a Keras model: fit and evaluate over a ring
     shared_step.py      one step of it, as traced
+    batch_norm.py       batch normalisation with the statistics of the whole batch
     agreement.py        what nodes compare before they start
     tf_strategies.py    TensorFlow's own strategies and servers, for custom loops
 
@@ -83,10 +84,17 @@ def distribute(model: Any, ctx: Any) -> Any:
       whose divisor is not the number of rows.
     * Metrics are those of the whole batch where their variables add up over rows, as in all of Keras's. A metric
       *function* that returns one number per batch counts once per node and batch.
-    * Moving statistics of batch normalisation are averaged; within a step each node normalises with its own batch.
+    * Within a step each node normalises with its own batch (BatchNormalization), or with the whole batch of all nodes
+      (``BatchNormalization(synchronized=True)``: one more message per layer and pass). Moving statistics are averaged.
     * Weights, optimizer state and metrics are the same bits on all nodes after each step. Random seeds are not shared.
-    * ``predict`` is each node's own. Callbacks run on every node and see the same logs; files are best written by
-      the chief only (``if ctx.is_chief``). When one node sets ``stop_training``, all stop after that epoch.
+    * ``predict`` is each node's own. Callbacks run on every node and see the same logs, so that they decide alike.
+      Where they do not: the chief's learning rate at the begin of an epoch and its weights at the end of ``fit`` are
+      those of all, and when one node sets ``stop_training``, all stop after that epoch. In the middle of an epoch only
+      all nodes can stop, at the same step, as TerminateOnNaN does.
+    * Only the chief writes files: on other nodes ModelCheckpoint, BackupAndRestore, CSVLogger, TensorBoard,
+      OrbaxCheckpoint and RemoteMonitor, and classes made of them, are left out. All go on with the weights, the state
+      of the optimizer and the epoch that BackupAndRestore finds on the chief. Other callbacks run everywhere: one of
+      your own that writes should ask ``ctx.is_chief``.
     * ``jit_compile`` is switched off with more than one node.
     """
     import keras

@@ -64,19 +64,42 @@ class Plan:
     epochs: int
     steps_per_execution: int
     structure: Structure = field(default_factory=Structure)
+    initial_epoch: int = 0
+    """As passed to ``fit``: the same on all nodes."""
+    restored_epoch: int | None = None
+    """What a callback has restored (BackupAndRestore): the chief's is that of all."""
+    has_slots: bool = False
+    """Whether the compiled optimizer has made its variables."""
 
     def encode(self) -> Any:
-        """Return an array of int64, shape (8,)."""
-        steps = _UNKNOWN if self.steps is None else int(self.steps)
-        plan = [_CALLS.index(self.call), self.model_number, steps, self.epochs, int(self.steps_per_execution)]
+        """Return an array of int64, shape (11,)."""
+        plan = [_CALLS.index(self.call), self.model_number, _number_of(self.steps), self.epochs]
+        plan += [int(self.steps_per_execution), self.initial_epoch, _number_of(self.restored_epoch), self.has_slots]
         return np.concatenate([np.array(plan, np.int64), self.structure.encode()])
 
     @classmethod
     def decode(cls, row: Any) -> Plan:
         """Inverse of :meth:`encode`."""
-        call, number, steps, epochs, per_execution = (int(x) for x in row[:5])
-        known = None if steps == _UNKNOWN else steps
-        return cls(_CALLS[call], number, known, epochs, per_execution, Structure.decode(row[5:]))
+        call, number, steps, epochs, per_execution, initial, restored, has_slots = (int(x) for x in row[:8])
+        return cls(
+            _CALLS[call],
+            number,
+            _known(steps),
+            epochs,
+            per_execution,
+            Structure.decode(row[8:]),
+            initial,
+            _known(restored),
+            bool(has_slots),
+        )
+
+
+def _number_of(value: int | None) -> int:
+    return _UNKNOWN if value is None else int(value)
+
+
+def _known(number: int) -> int | None:
+    return None if number == _UNKNOWN else number
 
 
 def compare_plans(plans: Sequence[Plan], names: Sequence[str]) -> None:
@@ -84,6 +107,12 @@ def compare_plans(plans: Sequence[Plan], names: Sequence[str]) -> None:
     _same("calls", [f"model.{p.call}" for p in plans], names, "Every node must make the same calls in the same order.")
     _same("models", [p.model_number for p in plans], names, "Call ctx.distribute in the same order on every node.")
     _same("epochs", [p.epochs for p in plans], names, "Pass the same epochs on every node.")
+    _same(
+        "values of initial_epoch",
+        [p.initial_epoch for p in plans],
+        names,
+        "Pass the same initial_epoch on every node. keras.callbacks.BackupAndRestore goes on where the chief stopped.",
+    )
     _same("steps_per_execution", [p.steps_per_execution for p in plans], names, "Compile alike on every node.")
     if all(p.steps is not None for p in plans):
         _same(

@@ -2,13 +2,16 @@
 
 Runs on: executors.
 
-    fit ─► on_train_begin: same model, same number of steps everywhere? weights := node 0's
+    fit ─► on other nodes than the chief: callbacks that write files are left out
+           on_train_begin: same model, same number of steps everywhere? weights, first epoch := node 0's
+           epoch begin ─► learning rate := node 0's
       step ─► model.train_step (the user's or Keras's own), with these put in between while it is traced:
                optimizer.apply     ◄─ gradients := sum(rows_i * g_i) / sum(rows_i)        one message
                metric.result       ◄─ remembered, computed again from the whole batch's metrics
                variable.assign     ◄─ remembered (moving statistics)
            ─► metrics += sum of what each node added; moving statistics averaged            one message
       epoch end ─► stop_training is true where any node says so; ctx.report_epoch
+           on_train_end: if a callback has changed weights on some nodes only, weights := node 0's
 
 The model stays an ordinary Keras model with ordinary variables, outside any ``tf.distribute`` scope. Only public
 methods of this one instance are replaced (``fit``, ``evaluate``, ``predict``, ``train_step``, ``test_step``,
@@ -27,6 +30,7 @@ import inspect
 import logging
 import time
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -44,6 +48,9 @@ _log = logging.getLogger(__name__)
 _END_OF_EPOCH = "Your input ran out of data"
 
 _REPORT_EVERY_S = 0.4
+
+# Newer Keras has more of them than older.
+_WRITERS = ("ModelCheckpoint", "BackupAndRestore", "CSVLogger", "TensorBoard", "OrbaxCheckpoint", "RemoteMonitor")
 
 
 class KerasFit:
@@ -104,7 +111,8 @@ class KerasFit:
         self._quieten(call)
         if isinstance(call.arguments.get("x"), tf.data.Dataset):
             call.arguments.setdefault("shuffle", False)  # Keras ignores it, but newer ones warn about their own default
-        callback = _FitCallback(self)
+        self._leave_files_to_chief(call)
+        callback = _FitCallback(self, int(call.arguments.get("initial_epoch") or 0))
         call.arguments["callbacks"] = _with_callback(call.arguments.get("callbacks"), callback, self.model)
         self._is_fitting = True
         try:
@@ -117,6 +125,7 @@ class KerasFit:
         """``model.evaluate``: each node its rows, the metrics are those of all rows."""
         call = _bind(self._evaluate, args, kwargs)
         self._quieten(call)
+        self._leave_files_to_chief(call)
         with self._plain_errors():
             if self._ring is not None:
                 self._begin_evaluate(call.arguments)
@@ -158,12 +167,28 @@ class KerasFit:
 
     # --- before the first step ----------------------------------------------------------------------------------
 
-    def begin_fit(self, steps: int | None, epochs: int) -> None:
-        """Compare the nodes' plans and give all of them node 0's weights."""
+    def begin_fit(self, steps: int | None, epochs: int, initial_epoch: int) -> None:
+        """Compare the nodes' plans and give all of them node 0's weights, and the epoch it goes on with."""
         if self._ring is None:
             return
         self._synced.clear()
-        self._agree(Plan("fit", self.number, steps, epochs, self.model.steps_per_execution, self._structure()))
+        restored = getattr(self.model, "_initial_epoch", None)
+        chiefs = self._agree(
+            self._plan("fit", steps, epochs=epochs, initial_epoch=initial_epoch, restored_epoch=restored)
+        )
+        if chiefs.restored_epoch != restored:
+            self.model._initial_epoch = chiefs.restored_epoch  # not public, but all that Keras gives to its callbacks
+
+    def share_rates(self) -> None:
+        """Take node 0's learning rates: a callback may have set them there only, or to another value here."""
+        optimizers = optimizers_of(self.model)
+        if self._ring is None or not optimizers:
+            return
+        mine = np.array([float(keras.ops.convert_to_numpy(o.learning_rate)) for o in optimizers], np.float64)
+        rates = self._ring.gather(mine, "learning rates")[0]
+        for optimizer, rate, own in zip(optimizers, rates, mine, strict=True):
+            if rate != own and not np.isnan(rate):
+                self._set_rate(optimizer, float(rate), float(own))
 
     def end_epoch(self) -> None:
         """Stop everywhere when any node wants to stop."""
@@ -171,19 +196,43 @@ class KerasFit:
             wants_stop = np.array([bool(self.model.stop_training)], np.int64)
             self.model.stop_training = bool(self._ring.all_reduce(wants_stop, "end of epoch")[0])
 
+    def end_fit(self) -> None:
+        """Take node 0's weights where callbacks have left different ones, say best weights restored on some nodes."""
+        self.share_rates()
+        if self._ring is None or self._train_pending:
+            return
+        checksum = 0
+        for variable in self.model.weights:
+            checksum = zlib.crc32(np.asarray(variable.value).tobytes(), checksum)
+        if len(np.unique(self._ring.gather(np.array([checksum], np.int64), "end of fit"))) > 1:
+            _log.info("Callbacks have left different weights on the nodes: all take those of the chief.")
+            self._synced.clear()
+            self._share_weights()
+
     def _begin_evaluate(self, arguments: dict[str, Any]) -> None:
         if not self._is_fitting:
             self._synced.clear()
-        steps = _count_steps(arguments)
-        self._agree(Plan("evaluate", self.number, steps, 1, self.model.steps_per_execution, self._structure()))
+        self._agree(self._plan("evaluate", _count_steps(arguments)))
 
-    def _agree(self, plan: Plan) -> None:
+    def _plan(self, call: str, steps: int | None, *, epochs: int = 1, **first_epoch: Any) -> Plan:
+        model = self.model
+        has_slots = bool(getattr(model.optimizer, "built", False))
+        structure = Structure.of(model.weights)
+        return Plan(
+            call, self.number, steps, epochs, model.steps_per_execution, structure, has_slots=has_slots, **first_epoch
+        )
+
+    def _agree(self, plan: Plan) -> Plan:
+        """Return node 0's plan, once all are compared and its weights are everyone's."""
         ring = self._require_ring()
         rows = ring.gather(plan.encode(), "start")
         plans = [Plan.decode(row) for row in rows]
         compare_plans(plans, ring.plan.names)
         if all(other.structure.is_built for other in plans):
+            if not plan.has_slots and any(other.has_slots for other in plans):
+                self.model.optimizer.build(self.model.trainable_variables)  # loaded from a file on another node
             self._share_weights()
+        return plans[0]
 
     def _make_variables(self, step: Step, data: Any) -> None:
         """Create what `step` creates on its first run – weights, slots, metrics – without running it; then share."""
@@ -207,9 +256,6 @@ class KerasFit:
         for optimizer in optimizers_of(self.model):
             found += optimizer.variables
         return list({id(v): v for v in found}.values())
-
-    def _structure(self) -> Structure:
-        return Structure.of(self.model.weights)
 
     def _share_weights(self) -> None:
         """Set the variables that were not yet set in this fit to node 0's values."""
@@ -246,6 +292,34 @@ class KerasFit:
         """Print on the chief what Keras prints, and nothing elsewhere: it would be the same, N times."""
         if not self.ctx.is_chief:
             call.arguments["verbose"] = 0
+
+    def _leave_files_to_chief(self, call: inspect.BoundArguments) -> None:
+        """Take out the callbacks of Keras, and classes made of them, that would write the same files on every node."""
+        callbacks = call.arguments.get("callbacks")
+        if self.ctx.is_chief or not callbacks:
+            return
+        is_list = isinstance(callbacks, keras.callbacks.CallbackList)
+        given = callbacks.callbacks if is_list else keras.tree.flatten(callbacks)
+        writers = tuple(getattr(keras.callbacks, name) for name in _WRITERS if hasattr(keras.callbacks, name))
+        kept = [callback for callback in given if not isinstance(callback, writers)]
+        if len(kept) == len(given):
+            return
+        left_out = ", ".join(type(callback).__name__ for callback in given if isinstance(callback, writers))
+        _log.info("Left out on %s:%d, the chief writes for all: %s", self.ctx.job_name, self.ctx.task_index, left_out)
+        if is_list:
+            callbacks.callbacks[:] = kept
+        else:
+            call.arguments["callbacks"] = kept
+
+    def _set_rate(self, optimizer: Any, rate: float, own: float) -> None:
+        try:
+            optimizer.learning_rate = rate
+        except (TypeError, AttributeError):  # a schedule or a function of the user's: cannot be set
+            raise UsageError(
+                f"The learning rate of {self.ctx.job_name}:{self.ctx.task_index} is {own:g}, the chief's is {rate:g}.",
+                cause="It comes from a schedule or a function that is not the same on all nodes.",
+                hint="Compile with the same schedule on every node.",
+            ) from None
 
     def _told(self, save: Callable[..., Any]) -> Callable[..., Any]:
         """Return `save`, shown on the board while it runs; a checkpoint callback calls it, too."""
@@ -291,16 +365,20 @@ class _FitCallback(keras.callbacks.Callback):  # type: ignore[misc]  # Keras pub
     async_safe = True
     """Newer Keras may call batch ends from another thread; nothing here minds."""
 
-    def __init__(self, owner: KerasFit) -> None:
+    def __init__(self, owner: KerasFit, initial_epoch: int = 0) -> None:
         super().__init__()
         self._owner = owner
+        self._initial_epoch = initial_epoch
         self._next_report = 0.0
         self._steps_done = 0
         self._batches_seen = 0
 
     def on_train_begin(self, logs: Any = None) -> None:
         params = self.params or {}
-        self._owner.begin_fit(params.get("steps"), int(params.get("epochs") or 1))
+        self._owner.begin_fit(params.get("steps"), int(params.get("epochs") or 1), self._initial_epoch)
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        self._owner.share_rates()
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         self._batches_seen = batch + 1
@@ -316,6 +394,9 @@ class _FitCallback(keras.callbacks.Callback):  # type: ignore[misc]  # Keras pub
             self._owner.ctx.report(step=self._steps_done, loss=float(logs["loss"]))
         self._owner.ctx.report_epoch(epoch + 1, _numbers(logs or {}))
         self._owner.end_epoch()
+
+    def on_train_end(self, logs: Any = None) -> None:
+        self._owner.end_fit()
 
 
 def _with_callback(callbacks: Any, callback: Any, model: Any) -> Any:

@@ -20,6 +20,7 @@ import keras
 import tensorflow as tf
 
 from tfos_magic.errors import UsageError
+from tfos_magic.training.batch_norm import shared_moments, synchronised_layers
 from tfos_magic.training.ring import Ring
 
 Tensor = Any  # tf.Tensor has no published types
@@ -74,6 +75,9 @@ class SharedStep:
                 undo.enter_context(_replaced(optimizer, "apply", functools.partial(self._apply, optimizer.apply)))
         for variable in statistics:
             undo.enter_context(_replaced(variable, "assign", functools.partial(self._note_assign, variable)))
+        for layer in synchronised_layers(self._model):  # `_moments` is private: Keras 3.3 to 3.15 have it
+            moments = functools.partial(shared_moments, self._gather, self._rows, layer)
+            undo.enter_context(_replaced(layer, "_moments", moments))
         for metric in metrics:
             undo.enter_context(_replaced(metric, "result", functools.partial(self._note_result, metric.result)))
             if type(metric) is keras.metrics.Mean:
@@ -216,6 +220,26 @@ class SharedStep:
         total = next(split[tf.float32])[0]
         means = {dtype: _over(mean, tf.maximum(total, 1.0)) for dtype, mean in means.items()}
         return _unpack(means, weighted), _unpack(added, plain), total
+
+    def _gather(self, row: Tensor) -> Tensor:
+        """Return the vectors of all nodes as rows of a matrix; its gradient is that of the loss of the whole batch."""
+        ring, label = self._ring, f"batch normalisation{self._name}"
+        rows = tf.cast(self._rows, row.dtype)
+
+        @tf.custom_gradient  # type: ignore[untyped-decorator]
+        def gather(mine: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+            def gradient(upstream: Tensor) -> Tensor:
+                # Each node's loss depends on this node's row. Weighted as gradients are later, and the own weight out.
+                (total,) = self._on_host(
+                    lambda a: [ring.all_reduce(a.ravel(), f"{label}: gradients")], [upstream * rows]
+                )
+                total = tf.reshape(total, [ring.plan.size, mine.shape[0]])
+                return total[ring.plan.rank] / tf.maximum(rows, 1.0)
+
+            (table,) = self._on_host(lambda a: [ring.gather(a, label)], [mine])
+            return tf.ensure_shape(table, [ring.plan.size, mine.shape[0]]), gradient
+
+        return gather(row)
 
     @staticmethod
     def _on_host(function: Callable[..., list[Any]], tensors: list[Tensor]) -> list[Tensor]:
