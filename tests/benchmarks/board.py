@@ -12,6 +12,7 @@ The agents are real ones, of two nodes that sleep.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import subprocess
 import sys
@@ -194,8 +195,10 @@ def agents(seconds: float) -> dict[str, float]:
 
 
 def is_agent(process: psutil.Process) -> bool:
-    """Return whether it is a node's agent."""
-    return any("tfos_magic.node.agent" in word for word in process.cmdline())
+    """Return whether it is a node's agent; one that has just gone is none."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return any("tfos_magic.node.agent" in word for word in process.cmdline())
+    return False
 
 
 def busy_s(process: psutil.Process) -> float:
