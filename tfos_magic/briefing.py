@@ -11,7 +11,6 @@ from typing import Any
 from tfos_magic import roles
 from tfos_magic.members import Member
 from tfos_magic.options import RunOptions
-from tfos_magic.status import beat_interval_s
 
 _DATA_OPTIONS = ("batch_size", "epochs", "features", "label", "weight", "shuffle", "seed")
 
@@ -75,7 +74,6 @@ class Briefing:
             "release_port": options.release_port,
             "tensorboard": options.tensorboard if node.index == 0 else None,
             "predicts": options.predicts,
-            "beat_interval_s": beat_interval_s(options.num_nodes),
             "feeds": self._feeds,
             "queues": self._queues,
             "feed_index": fed.index(node) if node in fed else 0,

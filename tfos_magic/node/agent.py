@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any
 from tfos_magic.node import channel
 from tfos_magic.node.output import OutputLines, OutputPipe, bytes_per_beat
 from tfos_magic.node.processes import become_subreaper, kill_descendants
+from tfos_magic.status import beat_interval_s
 
 if TYPE_CHECKING:
     import asyncio
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
     from tfos_magic.node.tensorboard import TensorBoard
     from tfos_magic.rendezvous import Connection, Message
 
-BEAT_INTERVAL_S = 0.5
 READY = b"ready\n"
 _TERM_GRACE_S = 0.5
 _EXIT_GRACE_S = 1.5
@@ -174,7 +174,7 @@ class Agent:
         self._queue_feeds: dict[str, list[str]] = {}
         self._sampler: MachineSampler | None = None
         self._tensorboard: TensorBoard | None = None
-        self._beat_interval_s = BEAT_INTERVAL_S
+        self._beat_interval_s = beat_interval_s(config["num_nodes"])
         self._host: str = connection.socket.getsockname()[0]
         # Held with SO_REUSEPORT and never listened on: TensorFlow binds the same port, and nobody else gets it.
         self._port = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
@@ -319,7 +319,6 @@ class Agent:
 
     def _on_start(self, message: Message) -> None:
         self._to_child(message.header)
-        self._beat_interval_s = message.header["beat_interval_s"]
         directory = message.header["tensorboard"]
         if directory is not None:
             from tfos_magic.node.tensorboard import TensorBoard
