@@ -258,9 +258,8 @@ def _gpu(node: NodeView) -> str:
     samples = node.machine.gpus
     if not samples:
         return words.NOTHING
-    load, *rest = words.gpu(samples).split(" · ")
-    line = words.load_line(node.gpu_history)
-    told = " · ".join([f"{escape(load)} {_spark(line)}" if line else escape(load), *map(escape, rest)])
+    load, line = escape(words.gpu_load(samples)), words.load_line(node.gpu_history)
+    told = " · ".join(filter(None, [f"{load} {_spark(line)}" if line else load, escape(words.gpu_memory(samples))]))
     return f'<span title="{escape(words.gpu_detail(samples))}">{told}</span>'
 
 

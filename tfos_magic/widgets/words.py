@@ -111,12 +111,18 @@ def gpu(samples: Sequence[GpuSample], history: Sequence[float] = ()) -> str:
     """Return e.g. ``2 × 87 % ▆▇▇ · 62/160 GiB``: mean utilisation, its last seconds, memory of all together."""
     if not samples:
         return NOTHING
+    parts = [gpu_load(samples), *([load_line(history)] if history else [])]
+    return " · ".join(filter(None, [" ".join(parts), gpu_memory(samples)]))
+
+
+def gpu_load(samples: Sequence[GpuSample]) -> str:
+    """Return e.g. ``2 × 87 %``: mean utilisation."""
     load = percent(MachineSample(gpus=tuple(samples)).gpu_percent)
-    parts = [f"{len(samples)} × {load}".removeprefix("1 × "), *([load_line(history)] if history else [])]
-    return " · ".join(filter(None, [" ".join(parts), _gpu_memory(samples)]))
+    return f"{len(samples)} × {load}".removeprefix("1 × ")
 
 
-def _gpu_memory(samples: Sequence[GpuSample]) -> str:
+def gpu_memory(samples: Sequence[GpuSample]) -> str:
+    """Return e.g. ``62/160 GiB``: of all together; empty when unknown."""
     used = [sample.memory_used_bytes for sample in samples if sample.memory_used_bytes is not None]
     totals = [sample.memory_total_bytes for sample in samples if sample.memory_total_bytes is not None]
     if not used:
