@@ -89,6 +89,7 @@ LAYERS = {
     "tfos_magic.tfrecords.task": "executor",
     "tfos_magic.tfrecords.varints": "executor",
     "tfos_magic.training": "executor",
+    "tfos_magic.training.options": "executor",
     "tfos_magic.training.agreement": "executor",
     "tfos_magic.training.batch_norm": "executor",
     "tfos_magic.training.keras_fit": "executor",

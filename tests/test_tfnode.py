@@ -40,6 +40,7 @@ def context(job: str = "worker", index: int = 0, default_fs: str = "file:///", *
         "is_server": False,
         "is_coordinator": False,
         "data_options": {},
+        "training": {},
         **start,
     }
     return NodeContext(config, full, None, types.SimpleNamespace(feeds=Feeds([], 0)))  # type: ignore[arg-type]

@@ -5,12 +5,13 @@ Runs on: driver.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from tfos_magic import roles
 from tfos_magic.errors import UsageError
 from tfos_magic.feed.staging import QUEUE_LIMIT_BYTES
+from tfos_magic.training.options import TrainingOptions
 
 if TYPE_CHECKING:
     from tfos_magic.shipping import Payload
@@ -62,6 +63,10 @@ class RunOptions:
         False: the node's port is bound in the function's own process too, until ``ctx.release_port()``.
     preload : tuple of str
         Modules that each node imports while the nodes meet, before it unpickles the function.
+    max_restarts : int
+        How often the nodes are started again when one of them, or its executor, is lost.
+    training : TrainingOptions
+        What ``ctx.distribute`` is to do besides.
     serves_itself : bool
         With parameter servers: True when the function runs on every node and serves there by itself, as
         TensorFlowOnSpark's do; False when ps and workers only serve and the chief alone runs the function.
@@ -89,6 +94,8 @@ class RunOptions:
     ps_on_driver: bool = False
     gpus_per_node: int | None = None
     tensorboard: str | None = None
+    max_restarts: int = 0
+    training: TrainingOptions = field(default_factory=TrainingOptions)
     preload: tuple[str, ...] = ("tensorflow",)
     title: str = "tfos_magic"
 
@@ -98,6 +105,8 @@ class RunOptions:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
         if self.gpus_per_node is not None and self.gpus_per_node < 0:
             raise UsageError(f"gpus_per_node is {self.gpus_per_node}; it must be 0 or more.")
+        if self.max_restarts < 0:
+            raise UsageError(f"max_restarts is {self.max_restarts}; it must be 0 or more.")
         if self.timeout_s is not None and self.timeout_s <= 0:
             raise UsageError(f"timeout_s is {self.timeout_s:g}; it must be more than 0.")
         self.roles()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from tfos_magic.arguments.names import names_of_frames
@@ -15,6 +15,7 @@ from tfos_magic.arguments.parsers import infer_parser, parse_words, train_parser
 from tfos_magic.arguments.values import Converter
 from tfos_magic.arguments.words import split
 from tfos_magic.errors import UsageError
+from tfos_magic.training.options import WIRE_DTYPES, TrainingOptions
 
 SAVE_MODES = ("error", "errorifexists", "overwrite", "append", "ignore")
 """Spark's, for ``--mode``."""
@@ -63,6 +64,8 @@ class TrainLine(Line):
     ps: int = 0
     chief: bool = True
     evaluator: bool = False
+    max_restarts: int = 0
+    training: TrainingOptions = field(default_factory=TrainingOptions)
 
 
 @dataclass(frozen=True)
@@ -111,9 +114,30 @@ def parse_train(line: str, namespace: Mapping[str, Any]) -> TrainLine:
         ps=values.integer("ps", 0, least=0),
         chief=given.chief,
         evaluator=given.evaluator,
+        max_restarts=values.integer("max_restarts", 0, least=0),
+        training=_training(values),
     )
     _check_roles(parsed)
     return parsed
+
+
+def _training(values: Converter) -> TrainingOptions:
+    given = values.given
+    if given.checkpoint is None:
+        for option in ("resume", "checkpoint_every", "keep_checkpoints"):
+            if getattr(given, option):
+                raise UsageError(f"--{option.replace('_', '-')} needs --checkpoint DIR: where are the checkpoints?")
+    steps, seconds = values.steps_or_time("checkpoint_every")
+    return TrainingOptions(
+        checkpoint_dir=values.text("checkpoint"),
+        checkpoint_every_steps=steps,
+        checkpoint_every_s=seconds,
+        keep_checkpoints=values.integer("keep_checkpoints", TrainingOptions.keep_checkpoints, least=1),
+        resume=given.resume,
+        save_dir=values.text("save"),
+        accumulate=values.integer("accumulate", 1, least=1),
+        wire_dtype=values.choice("wire_dtype", WIRE_DTYPES) or TrainingOptions.wire_dtype,
+    )
 
 
 def parse_infer(line: str, namespace: Mapping[str, Any]) -> InferLine:

@@ -98,7 +98,7 @@ def train_parser() -> argparse.ArgumentParser:
     add("--features", metavar="A,B,…", help="the feature columns, in this order (default: all others)")
     add("--weight", metavar="COLUMN", help="the sample weights")
     add("--no-shuffle", action="store_true", help="keep the rows of a node in the order of their arrival")
-    add("--seed", metavar="N", help="makes shuffling repeatable")
+    add("--seed", metavar="N", help="makes shuffling and dropout repeatable; nodes differ")
     _add_args(parser)
     add("--out", metavar="NAME", help="bind the result to this name")
     add("--tensorboard", metavar="DIR", help="write metrics, feed and GPU figures there; TensorBoard shows them")
@@ -107,8 +107,23 @@ def train_parser() -> argparse.ArgumentParser:
     chief = argparse.BooleanOptionalAction
     add("--chief", action=chief, default=True, help="node 0 is the chief (default), or a worker")
     add("--evaluator", action="store_true", help="one of the nodes is an evaluator")
+    add("--independent", action="store_true", help="nodes know nothing of each other, and start as slots come")
+    add("--grid", metavar="EXPR", help="with --independent: a list of dicts, or a dict of lists; each node gets one")
+    _add_checkpoints(parser)
+    add("--save", metavar="DIR", help="the chief leaves the trained model there: .keras and SavedModel")
+    add("--accumulate", metavar="K", help="add up the gradients of K batches before nodes exchange them (default 1)")
+    add("--wire-dtype", metavar="DTYPE", help="gradients on their way: float32 (default) or bfloat16")
     _add_the_rest(parser)
     return parser
+
+
+def _add_checkpoints(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--checkpoint", metavar="DIR", help="save the state of training there, at the end of each epoch")
+    add("--checkpoint-every", metavar="EVERY", help="and meanwhile: after so many steps (500), or a time (10m)")
+    add("--keep-checkpoints", metavar="K", help="how many of the newest stay (default 3)")
+    add("--resume", action="store_true", help="go on with the newest checkpoint in DIR")
+    add("--max-restarts", metavar="N", help="start again so often when a node is lost (default 0)")
 
 
 def infer_parser() -> argparse.ArgumentParser:

@@ -128,6 +128,19 @@ class Converter:
             self._complain(name, "a time is needed, as in 90, 90s, 10m, 2h or 1h30m.")
         return float(seconds)
 
+    def steps_or_time(self, name: str) -> tuple[int | None, float | None]:
+        """Return a number of steps or of seconds: a bare number is steps; (None, None) when it was not given."""
+        value = self._expanded(name)
+        if value is None:
+            return None, None
+        text = str(value).strip()
+        if text.isdecimal() and int(text):
+            return int(text), None
+        seconds = None if re.fullmatch(r"[\d.]*", text) else parse_duration(text)
+        if not seconds:
+            self._complain(name, "a number of steps or a time is needed, as in 500, 90s or 10m.")
+        return None, seconds
+
     def _object(self, name: str) -> Any:
         text = unwrapped(getattr(self.given, name))
         try:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from tfos_magic import TFNode
 from tfos_magic.errors import UsageError
 from tfos_magic.node.manager import Manager
+from tfos_magic.training.options import TrainingOptions
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -58,6 +59,8 @@ class NodeContext:
         What the magic's options and ``--args`` gave: ``args.epochs``, ``args.batch_size``, …
     attempt : int
         0, and one more after each restart.
+    training : TrainingOptions
+        What the line says of checkpoints, seed and the exchange of gradients.
     working_dir, defaultFS : str
         Where relative paths point to, and Hadoop's default file system.
     mgr : Manager
@@ -88,6 +91,7 @@ class NodeContext:
         self.mgr = Manager(self.feeds)
         self.secret = Secret(bytes.fromhex(config["node_secret"]))
         self._data_options: Mapping[str, Any] = start["data_options"]
+        self.training = TrainingOptions.from_json(start["training"])
         self._link = link
         self._saving_depth = 0
         self.tmp_socket = self._hold_port() if start.get("release_port") is False else None

@@ -2,6 +2,7 @@
 
 Runs on: executors.
 
+    options.py          what the magic's line says of it
     ring.py             sums of arrays over all nodes, by TCP; knows nothing of TensorFlow
     keras_fit.py        the hooks on a Keras model: fit and evaluate over a ring
     shared_step.py      one step of it, as traced
