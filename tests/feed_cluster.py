@@ -19,14 +19,15 @@ from tfos_magic.feed.cargo import FeedPlan, Portion
 from tfos_magic.feed.receiver import FeedReceiver
 from tfos_magic.feed.sender import feed_partition
 from tfos_magic.feed.source import Feeds, FeedSource
+from tfos_magic.feed.spool import ChunkRef
 from tfos_magic.feed.staging import ChunkReady, FeedEnded, FeedFailed, FeedNotice, FeedOpened
 
 
 class FakeNode:
     """A receiver whose notices go straight to the sources, as agent and child do it over their channel."""
 
-    def __init__(self, index: int, secret: bytes, directory: Path, epochs: int = 1) -> None:
-        self.feeds = Feeds(["train", "validation"], index, epochs)
+    def __init__(self, index: int, secret: bytes, directory: Path, epochs: int = 1, *, in_order: bool = False) -> None:
+        self.feeds = Feeds(["train", "validation"], index, epochs, in_order=in_order)
         self.notices: list[FeedNotice] = []
         self.receiver = FeedReceiver("127.0.0.1", secret, str(directory), self._notify)
 
@@ -47,9 +48,9 @@ class FakeNode:
         if isinstance(notice, FeedOpened):
             source.open(notice.schema_ipc, os.dup(notice.fd))
         elif isinstance(notice, ChunkReady):
-            source.add(notice.offset, notice.length_bytes, notice.row_count)
+            source.add(ChunkRef(notice.offset, notice.length_bytes, notice.row_count), notice.partition)
         elif isinstance(notice, FeedEnded):
-            source.end(notice.rows_per_node)
+            source.end(notice.rows_per_node, notice.fingerprint)
         elif isinstance(notice, FeedFailed):
             source.fail(notice.message)
 
@@ -83,7 +84,7 @@ class FakeCluster:
 
     def end(self) -> list[int]:
         for node in self.nodes:
-            node.receiver.end(self.plan.name, self.totals)
+            node.receiver.end(self.plan.name, self.totals, fingerprint=sum(self.totals))
         return self.totals
 
     def rows(self, column: str = "y") -> list[Any]:
@@ -91,11 +92,13 @@ class FakeCluster:
 
 
 @contextmanager
-def fake_cluster(count: int, directory: Path, *, epochs: int = 1, **plan: Any) -> Iterator[FakeCluster]:
+def fake_cluster(
+    count: int, directory: Path, *, epochs: int = 1, in_order: bool = False, **plan: Any
+) -> Iterator[FakeCluster]:
     """`count` nodes that are gone afterwards, with every thread and descriptor."""
     threads, descriptors = set(threading.enumerate()), _descriptors()
     secret = secrets.token_bytes(32)
-    nodes = [FakeNode(index, secret, directory, epochs) for index in range(count)]
+    nodes = [FakeNode(index, secret, directory, epochs, in_order=in_order) for index in range(count)]
     addresses = tuple(("127.0.0.1", node.receiver.port) for node in nodes)
     try:
         yield FakeCluster(nodes, FeedPlan("train", secret, addresses, **plan), [0] * count)

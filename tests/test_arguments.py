@@ -167,6 +167,31 @@ def test_args_are_an_expression_or_json(value: str, expected: dict[str, Any]) ->
 
 
 @pytest.mark.parametrize(
+    ("value", "points"),
+    [
+        ('{"lr": [0.1, n], "k": (1, 2)}', [(0.1, 1), (0.1, 2), (3, 1), (3, 2)]),
+        ("[dict(lr=0.1, k=1), {'lr': n, 'k': 2}]", [(0.1, 1), (3, 2)]),
+        ('\'[{"lr": null, "k": true}]\'', [(None, True)]),
+        ("$tried", [(1, 2)]),
+        ("{'lr': numpy.array([0.5, 1.5]), 'k': range(1)}", [(0.5, 0), (1.5, 0)]),
+    ],
+)
+def test_a_grid_is_a_list_of_points_or_all_combinations(value: str, points: list[tuple[Any, ...]]) -> None:
+    import numpy
+
+    line = parsed(f"--independent --grid {value}", numpy=numpy, tried=[{"lr": 1, "k": 2}])
+    assert [(point["lr"], point["k"]) for point in line.grid or ()] == points
+    assert line.executors == len(points)
+    assert line.is_independent
+    assert not line.chief
+    assert parsed(f"-n {len(points)} --independent --grid {value}", numpy=numpy, tried=[{"lr": 1, "k": 2}]) == line
+
+
+def test_independent_nodes_need_no_grid() -> None:
+    assert parsed("-n 3 --independent") == TrainLine(executors=3, is_independent=True, chief=False)
+
+
+@pytest.mark.parametrize(
     ("line", "message"),
     [
         ("", "--executors is missing: on how many executors? For example --executors 2."),
@@ -191,6 +216,37 @@ def test_args_are_an_expression_or_json(value: str, expected: dict[str, Any]) ->
         (
             "-n 3 --ps 2 --evaluator",
             "--executors 3 with --ps 2 and --evaluator leaves no node that trains: at least --executors 4.",
+        ),
+        ("-n 2 --grid [{}]", "--grid needs --independent: each node works at one point of the grid, for itself."),
+        ("--independent", "--executors is missing: on how many executors? For example --executors 2."),
+        ("--independent --grid 3", "--grid 3: a list of dicts or a dict of lists is needed, not int."),
+        ("--independent --grid []", "--grid []: it has no points."),
+        ("--independent --grid {}", "--grid {}: it has no points."),
+        ("--independent --grid [params,n]", "--grid [params,n]: item 1 is no dict, but int."),
+        ("--independent --grid {'a':1}", "--grid {'a':1}: a needs a list of values, not int."),
+        ("--independent --grid {'a':'bc'}", "--grid {'a':'bc'}: a needs a list of values, not str."),
+        ("--independent --grid {'a':[]}", "--grid {'a':[]}: a has no values."),
+        ("--independent --grid {'a-b':[1]}", "--grid {'a-b':[1]}: 'a-b' cannot be an attribute of args."),
+        ("--independent --grid [{1:2}]", "--grid [{1:2}]: 1 cannot be an attribute of args."),
+        (
+            "-n 2 --independent --grid {'a':[1,2,3]}",
+            "--executors 2: the grid has 3 points, and each is a node. Leave --executors away: "
+            "as many nodes run at once as there are free slots.",
+        ),
+        (
+            "-n 2 --independent --data train_df",
+            "--data does not go with --independent: independent nodes are not fed. Read files in the cell; "
+            "what df.toPandas() gives travels by its name.",
+        ),
+        (
+            "-n 2 --independent --checkpoint there",
+            "--checkpoint does not go with --independent: independent nodes would overwrite each other's files. "
+            "Write them in the cell, to a path with ctx.executor_id in it.",
+        ),
+        (
+            "-n 3 --independent --evaluator",
+            "--evaluator does not go with --independent: independent nodes have nobody to watch: each evaluates by "
+            "itself. Leave one of the two away.",
         ),
         ("-n 2 --out 2x", "--out 2x: a variable name is needed."),
         ("-n 2 --out class", "--out class: a variable name is needed."),
@@ -342,6 +398,7 @@ function.__module__ = "__main__"
         ("%%tfos_train --data=tr", "tr", ["train_df"]),
         ("%%tfos_train --session ", "", ["spark2"]),
         ("%%tfos_train --args ", "", ["params", "space"]),
+        ("%%tfos_train --independent --grid ", "", ["params", "points"]),
         ("%%tfos_train --data train_df --label ", "", ["age", "income", "label"]),
         ("%%tfos_train --data train_df --features age,in", "in", ["income"]),
         ("%%tfos_train --label ", "", []),
@@ -361,5 +418,5 @@ function.__module__ = "__main__"
     ],
 )
 def test_completion(text: str, token: str, expected: list[str] | None) -> None:
-    known = names(function=function, model=Model())
+    known = names(function=function, model=Model(), points=[{"lr": 1}])
     assert completion.choices(text, token, known, standing=["preds"]) == expected

@@ -131,6 +131,8 @@ def outputs_of(name: str, out: Path) -> list[tuple[str, str]]:
 
 
 def plain_text(output: Any) -> str:
+    if output.output_type == "error":
+        return f"{output.ename}: {output.evalue}"
     return str(output.text if output.output_type == "stream" else output.data["text/plain"])
 
 
@@ -158,6 +160,17 @@ def test_the_namedtuple_patch_strikes_again_and_is_taken_out(tmp_path: Path) -> 
     assert one_output(cells, "restore --out restored").startswith("namedtuple patch: driver on; 1 Python worker on;")
     for state, seen in (("restored", wrong), ("reverted", right), ("unloaded", wrong)):
         assert one_output(cells, f"\nprint(column_{state})").splitlines()[0] == seen, state
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_training_is_stopped_and_resumed_and_survives(tmp_path: Path) -> None:
+    cells = outputs_of("stop_and_resume", tmp_path)
+    assert "--resume goes on from there" in one_output(cells, "first.result()")
+    assert "same bits on all nodes, the same history of" in one_output(cells, 'epochs")')
+    (survived,) = [output for source, output in cells if "--out survived" in source]
+    assert "attempt 2, since " in survived and "was killed by signal 9" in survived
+    assert "test rows are right" in one_output(cells, "assert right > 0.95")
 
 
 @pytest.mark.slow

@@ -76,6 +76,50 @@ def test_order_repeats_with_the_seed_and_differs_between_nodes(tmp_path):
     assert orders[0][0] != [value - 100 for value in orders[0][1]]
 
 
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_in_order_rows_are_the_same_whichever_partition_comes_first(tmp_path, shuffle):
+    orders = []
+    for partitions in ([0, 1, 2], [2, 0, 1]):
+        with fake_cluster(2, tmp_path, in_order=True) as cluster:
+            for partition in partitions:
+                cluster.feed(numbered(90, start=90 * partition), partition)
+            cluster.end()
+            orders.append(
+                [flat(labels(make_dataset(n.train, batch_size=7, seed=5, shuffle=shuffle))) for n in cluster.nodes]
+            )
+    assert orders[0] == orders[1]
+    assert sorted(flat(orders[0])) == list(range(270))
+    assert shuffle or orders[0][0] == sorted(orders[0][0])
+
+
+def test_in_order_readers_wait_for_the_end_of_the_feed(tmp_path):
+    with fake_cluster(1, tmp_path, in_order=True) as cluster:
+        source = cluster.nodes[0].train
+        cluster.feed(numbered(50, start=50), 1)
+        found: list[list[list[int]]] = []
+
+        def read() -> None:
+            found.append(labels(make_dataset(source, batch_size=50, shuffle=False)))
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        reader.join(0.3)
+        assert reader.is_alive()
+        assert source.is_waiting
+        cluster.feed(numbered(50), 0)
+        cluster.end()
+        reader.join(30)
+        assert found == [[list(range(50)), list(range(50, 100))]]
+
+
+def test_a_pass_that_is_set_again_has_the_order_that_it_had(fed):
+    source = fed.nodes[0].train
+    dataset = make_dataset(source, batch_size=50, seed=3)
+    passes = [flat(labels(dataset)) for _ in range(3)]
+    source.passes = 1
+    assert [flat(labels(dataset)) for _ in range(2)] == passes[1:]
+
+
 def test_a_dataset_made_anew_each_epoch_is_shuffled_anew(fed):
     source = fed.nodes[0].train
     first, second = (flat(labels(make_dataset(source, batch_size=50, seed=3))) for _ in range(2))

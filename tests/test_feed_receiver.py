@@ -303,7 +303,7 @@ def test_killed_sender_leaves_nothing_visible_and_its_retry_everything_once(tmp_
     killed.wait(10)
     for receiver in receivers:
         print(json.dumps(["publish", "train", 0, 2, 20_000]), file=receiver.stdin, flush=True)
-        print(json.dumps(["end", "train", [20_000, 20_000]]), file=receiver.stdin, flush=True)
+        print(json.dumps(["end", "train", [20_000, 20_000], 7]), file=receiver.stdin, flush=True)
     assert json.loads(retry.communicate("yes\n", 10)[0]) == [20_000, 20_000]
     values: list[int] = []
     for receiver in receivers:
@@ -315,7 +315,7 @@ def test_killed_sender_leaves_nothing_visible_and_its_retry_everything_once(tmp_
                 batch = pa.ipc.read_record_batch(pa.py_buffer(message), pa.schema({"y": pa.int64()}))
                 assert batch.num_rows == notice["row_count"]
                 values += batch.column("y").to_pylist()
-        assert notice == {"type": "FeedEnded", "name": "train", "rows_per_node": [20_000, 20_000]}
+        assert notice == {"type": "FeedEnded", "name": "train", "rows_per_node": [20_000, 20_000], "fingerprint": 7}
         receiver.communicate(timeout=10)
         assert receiver.returncode == 0
     assert sorted(values) == list(range(40_000))

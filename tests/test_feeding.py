@@ -46,7 +46,19 @@ def test_the_first_attempt_of_a_partition_counts_and_a_twin_does_not(nodes: list
     delivery.end(EndedJob())  # type: ignore[arg-type]
     published = [(m["partition"], m["attempt"], m["rows"]) for m in nodes[0].sent if m["type"] == "publish"]
     assert published == [(0, 10, 3), (1, 12, 0)]
-    assert nodes[1].sent[-1] == {"type": "feed_end", "feed": "train", "rows_per_node": [3, 3]}
+    said = nodes[1].sent[-1]
+    assert said == {"type": "feed_end", "feed": "train", "rows_per_node": [3, 3], "fingerprint": said["fingerprint"]}
+
+
+def test_the_fingerprint_is_that_of_the_rows_and_not_of_the_way_they_came(nodes: list[Any]) -> None:
+    found = []
+    for order, rows in (([0, 1], [3, 2]), ([1, 0], [3, 2]), ([0, 1], [2, 3])):
+        delivery = Delivery("train", nodes)
+        for attempt, partition in enumerate(order):
+            assert commit(delivery, partition, attempt, rows)
+        delivery.end(EndedJob())  # type: ignore[arg-type]
+        found.append(nodes[0].sent[-1]["fingerprint"])
+    assert found[0] == found[1] != found[2]
 
 
 def portion(delivery: Delivery, attempt: int, number: int, fingerprint: int, *, is_last: bool = False) -> Any:

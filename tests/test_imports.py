@@ -29,6 +29,7 @@ LAYERS = {
     "tfos_magic.ending": "both",
     "tfos_magic.errors": "both",
     "tfos_magic.feed": "both",
+    "tfos_magic.grid": "both",
     "tfos_magic.feed.columns": "both",
     "tfos_magic.feed.objects": "both",
     "tfos_magic.marker": "both",
@@ -89,10 +90,16 @@ LAYERS = {
     "tfos_magic.tfrecords.task": "executor",
     "tfos_magic.tfrecords.varints": "executor",
     "tfos_magic.training": "executor",
+    "tfos_magic.training.checkpoint_files": "executor",
+    "tfos_magic.training.checkpointing": "executor",
+    "tfos_magic.training.export": "executor",
     "tfos_magic.training.options": "executor",
+    "tfos_magic.training.accumulation": "executor",
     "tfos_magic.training.agreement": "executor",
     "tfos_magic.training.batch_norm": "executor",
+    "tfos_magic.training.exchange": "executor",
     "tfos_magic.training.keras_fit": "executor",
+    "tfos_magic.training.packing": "executor",
     "tfos_magic.training.ring": "executor",
     "tfos_magic.training.shared_step": "executor",
     "tfos_magic.training.tf_strategies": "executor",
@@ -183,7 +190,11 @@ HEAVY = {"IPython", "asyncio", "ipywidgets", "keras", "multiprocessing", "numpy"
 ABSENT_ON_EXECUTORS = {"IPython", "ipywidgets", "keras", "pyspark", "tensorflow"}
 # Reached only when the user's function has imported Keras, which itself imports IPython where that is installed.
 NEEDS_KERAS = {
+    "tfos_magic.training.accumulation",
     "tfos_magic.training.batch_norm",
+    "tfos_magic.training.checkpoint_files",
+    "tfos_magic.training.checkpointing",
+    "tfos_magic.training.exchange",
     "tfos_magic.training.keras_fit",
     "tfos_magic.training.shared_step",
 }

@@ -15,11 +15,12 @@ def test_the_links_threads_import_nothing() -> None:
         mine, theirs = channel.pair()
         before = set(sys.modules)
         link = Link(theirs)
-        start = {"feeds": ["train", "other"], "queues": ["input"], "feed_index": 0, "data_options": {"epochs": 1}}
+        data = {"epochs": 1, "seed": None}
+        start = {"feeds": ["train", "other"], "queues": ["input"], "feed_index": 0, "data_options": data}
         channel.send(mine, {"type": "start", **start})
         spool = channel.memory_file(b"x" * 100)
         channel.send(mine, {"type": "feed_opened", "feed": "train", "schema": "00"}, spool)
-        channel.send(mine, {"type": "chunk", "feed": "train", "chunk": [0, 100, 1]})
+        channel.send(mine, {"type": "chunk", "feed": "train", "chunk": [0, 100, 1], "partition": 0})
         channel.send(mine, {"type": "feed_announced", "feed": "input/1", "queue": "input"})
         channel.send(mine, {"type": "feed_opened", "feed": "input/1", "schema": ""}, channel.memory_file(b"y" * 100))
         channel.send(mine, {"type": "chunk", "feed": "input/1", "chunk": [0, 100, 1], "session": None})
@@ -29,7 +30,7 @@ def test_the_links_threads_import_nothing() -> None:
         channel.send(mine, {"type": "feed_ended", "feed": "input/1", "rows_per_node": [0]})
         channel.send(mine, {"type": "queue_finish", "queue": "input"})
         channel.send(mine, {"type": "queue_stop", "queue": "input"})
-        channel.send(mine, {"type": "feed_ended", "feed": "train", "rows_per_node": [1]})
+        channel.send(mine, {"type": "feed_ended", "feed": "train", "rows_per_node": [1], "fingerprint": 0})
         channel.send(mine, {"type": "feed_failed", "feed": "other", "message": "a test"})
         while channel.receive(mine).type != "counters":
             pass
@@ -56,7 +57,7 @@ def test_the_line_that_a_node_is_at_is_told_from_its_channels_thread() -> None:
 
         mine, theirs = channel.pair()
         link = Link(theirs)
-        start = {"feeds": [], "queues": [], "feed_index": 0, "data_options": {"epochs": 1}}
+        start = {"feeds": [], "queues": [], "feed_index": 0, "data_options": {"epochs": 1, "seed": None}}
         channel.send(mine, {"type": "start", **start})
         answers, done, entered = [], [], threading.Event()
 

@@ -260,3 +260,16 @@ def test_a_model_trained_without_distribute_is_named(old: Old) -> None:
     )
     assert found["values"] == [1, 1]
     assert found["warned"] == [True, True]
+
+
+def test_a_child_is_killed_and_the_fit_resumed(old: Old, tmp_path: Path) -> None:
+    found = old(
+        f"""
+        from resume_cell import assert_same, train
+        whole = train(spark, "{tmp_path}/whole")
+        killed = train(spark, "{tmp_path}/killed", kills=[(1, 19)], max_restarts=1)
+        assert_same(killed, whole)
+        found["attempts"] = [value["attempt"] for value in killed.values]
+        """
+    )
+    assert found["attempts"] == [1, 1]

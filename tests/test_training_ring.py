@@ -85,6 +85,72 @@ def test_bytes_sent_are_the_least_possible() -> None:
     assert all(least <= sent < 1.001 * least for sent in on_ring(3, action))
 
 
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_averages_are_weighted_and_what_is_only_summed_is_not_divided(count: int) -> None:
+    random = np.random.default_rng(0)
+    inputs = [random.normal(size=1001).astype("float32") for _ in range(count)]
+
+    def action(ring: Ring) -> tuple[Any, float]:
+        rank = ring.plan.rank
+        values = np.concatenate([inputs[rank] * rank, inputs[rank]])
+        return values, ring.average(values, rank, "mean", averaged=1001)
+
+    results = on_ring(count, action)
+    assert {total for _, total in results} == {sum(range(count))}
+    assert len({values.tobytes() for values, _ in results}) == 1
+    mean = np.average(np.array(inputs, "float64"), axis=0, weights=range(count))
+    np.testing.assert_allclose(results[0][0][:1001], mean, atol=1e-6)
+    np.testing.assert_allclose(results[0][0][1001:], np.sum(inputs, 0), atol=1e-5)
+
+
+def test_average_without_any_weight_is_a_sum() -> None:
+    def action(ring: Ring) -> Any:
+        values = np.zeros(5, "float32")
+        return ring.average(values, 0, "mean"), values.tolist()
+
+    assert on_ring(2, action) == [(0.0, [0.0] * 5)] * 2
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_bfloat16_on_the_way_halves_the_bytes_and_gives_all_nodes_the_same_bits(count: int) -> None:
+    bfloat16 = np.dtype(pytest.importorskip("ml_dtypes").bfloat16)
+    random = np.random.default_rng(0)
+    inputs = [random.normal(1, 0.1, size=300_000).astype("float32") for _ in range(count)]
+
+    def action(ring: Ring) -> tuple[Any, int]:
+        values, before = inputs[ring.plan.rank].copy(), ring.bytes_sent
+        ring.average(values, 1.0, "mean", wire=bfloat16)
+        return values, ring.bytes_sent - before
+
+    results = on_ring(count, action)
+    assert len({values.tobytes() for values, _ in results}) == 1
+    np.testing.assert_allclose(results[0][0], np.mean(inputs, 0), rtol=1e-2)
+    assert not np.array_equal(results[0][0], np.mean(inputs, 0))
+    least = 2 * (count - 1) / count * 600_000
+    assert all(least <= sent < 1.001 * least for _, sent in results)
+
+
+def test_bfloat16_keeps_what_is_no_number() -> None:
+    bfloat16 = np.dtype(pytest.importorskip("ml_dtypes").bfloat16)
+    strange = np.array([np.nan, np.inf, -np.inf, 3e38, 0.0, 1.0], "float32")
+
+    def action(ring: Ring) -> Any:
+        values = strange.copy() if ring.plan.rank else np.zeros_like(strange)
+        ring.average(values, 0.5, "mean", wire=bfloat16)
+        return values
+
+    for result in on_ring(2, action):
+        np.testing.assert_allclose(result, strange, rtol=1e-2)
+
+
+def test_nodes_with_different_types_on_the_way_are_an_error() -> None:
+    bfloat16 = np.dtype(pytest.importorskip("ml_dtypes").bfloat16)
+    results = on_ring(
+        2, lambda ring: ring.average(np.zeros(5, "float32"), 1, "x", wire=bfloat16 if ring.plan.rank else None)
+    )
+    assert any(isinstance(result, StalledError) for result in results)
+
+
 def test_nodes_at_different_places_are_an_error_that_names_both() -> None:
     first, second = on_ring(2, lambda ring: ring.all_reduce(np.zeros(1), ["fit", "evaluate"][ring.plan.rank]))
     assert isinstance(first, StalledError)

@@ -353,3 +353,38 @@ model.fit(np.ones((8, 2)), np.ones((8, 1)), verbose=0)
 """
     result = run_cell(spark_local4, body, 2)
     assert all("ctx.distribute(model)" in lines[-1] for lines in result.logs.values())
+
+
+# --- tf_keras: Keras 2's own fit under TensorFlow's strategy ----------------------------------------------------
+
+LEGACY = """
+import tf_keras as keras
+
+strategy = ctx.strategy()
+with strategy.scope():
+    keras.utils.set_random_seed(1)
+    model = keras.Sequential([keras.layers.Dense(8, "relu", input_shape=(4,)), keras.layers.Dense(3, "softmax")])
+    model.compile(keras.optimizers.SGD(0.1), "sparse_categorical_crossentropy", metrics=["accuracy"])
+rows = ctx.dataset(features="x", batch_size=ctx.num_nodes * args.batch_size)  # tf_keras takes it apart for the nodes
+history = model.fit(rows, epochs=args.epochs, verbose=2)
+model.get_weights(), history.history
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [200, 203])
+def test_tf_keras_trains_under_tensorflows_strategy(spark_local4: Any, rows: int) -> None:
+    data = frame(spark_local4, rows).selectExpr("x", "cast(x[0] > 0 as int) as label")
+    first, second = run_tf(spark_local4, LEGACY, 2, data={"train": data}, epochs=3).values
+    for mine, theirs in zip(first[0], second[0], strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    assert first[1]["loss"][-1] < first[1]["loss"][0]
+    assert np.isfinite(first[1]["loss"]).all()
+
+
+@pytest.mark.slow
+def test_a_tf_keras_model_is_sent_to_the_strategy(spark_local4: Any) -> None:
+    body = "import tf_keras; ctx.distribute(tf_keras.Sequential([tf_keras.layers.Dense(1)]))"
+    with pytest.raises(NodeError, match="needs a Keras 3 model, not tf_keras") as caught:
+        run_tf(spark_local4, body, 1)
+    assert "with ctx.strategy().scope()" in str(caught.value)

@@ -31,6 +31,7 @@ import tensorflow as tf
 import training_zoo
 
 from tfos_magic import training
+from tfos_magic.training.options import TrainingOptions
 
 BATCH = 8
 CLASSES = 3
@@ -47,6 +48,7 @@ class Context:
     reports: list[dict[str, Any]] = field(default_factory=list)
     epochs: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     secret: bytes = b"known to the nodes"
+    training: TrainingOptions = field(default_factory=TrainingOptions)
 
     @classmethod
     def from_environment(cls) -> Context:
@@ -362,6 +364,164 @@ def case_custom_step(ctx: Context) -> dict[str, Any]:
         return model
 
     return follow(ctx, build)
+
+
+# --- how gradients travel ---------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def options(ctx: Context, **changes: Any) -> Iterator[None]:
+    """Let the run have been started with other options."""
+    before, ctx.training = ctx.training, TrainingOptions(**changes)
+    try:
+        yield
+    finally:
+        ctx.training = before
+
+
+def accumulated(
+    ctx: Context,
+    build: Callable[[], Any],
+    rows: Rows | None = None,
+    *,
+    every: int = 5,
+    reference: Callable[[], Any] | None = None,
+) -> dict[str, Any]:
+    """Train with `every` batches per update; on node 0 also in one process, with batches as large as all of those."""
+    rows = rows or classification()
+    layout = uneven(len(rows.columns[0]), ctx.num_nodes)
+    assert len(layout) % every, "an epoch must leave something over"
+    keras.utils.set_random_seed(100 + ctx.rank)
+    model = build()
+    initial = model.get_weights() if model.built else None
+    seen = Snapshots()
+    share = rows.dataset([step[ctx.rank] for step in layout])
+    with options(ctx, accumulate=every):
+        training.distribute(model, ctx)
+        fit = model.fit(share, epochs=2, validation_data=share, verbose=0, callbacks=[seen])
+        evaluated = model.evaluate(share, return_dict=True, verbose=0)
+    found = {
+        "digest": digest(model),
+        "history": {k: [float(x) for x in v] for k, v in fit.history.items()},
+        "evaluated": {k: float(v) for k, v in evaluated.items()},
+        "empty_batches": sum(len(step[ctx.rank]) == 0 for step in layout),
+        "updates": int(model.optimizer.iterations.numpy()),
+        "expected_updates": 2 * -(-len(layout) // every),
+    }
+    if ctx.is_chief:
+        groups = [layout[start : start + every] for start in range(0, len(layout), every)]
+        whole = rows.dataset([np.concatenate([rows for step in group for rows in step]) for group in groups])
+        found |= compare(reference or build, initial, whole, seen, found, {})
+    return found
+
+
+def case_accumulate(ctx: Context) -> dict[str, Any]:
+    return accumulated(ctx, lambda: dense(sgd()))
+
+
+def case_accumulate_clipped(ctx: Context) -> dict[str, Any]:
+    """What acts on gradients acts once per update: clipping, decay, a schedule."""
+
+    def build() -> Any:
+        rate = keras.optimizers.schedules.ExponentialDecay(0.05, 2, 0.5)
+        return dense(keras.optimizers.AdamW(rate, weight_decay=0.1, global_clipnorm=0.1))
+
+    return accumulated(ctx, build)
+
+
+def case_accumulate_embedding(ctx: Context) -> dict[str, Any]:
+    x = np.random.default_rng(3).integers(0, 50, (150, 4))
+
+    def build() -> Any:
+        layers = [keras.Input((4,)), keras.layers.Embedding(50, 8), keras.layers.Flatten()]
+        model = keras.Sequential([*layers, keras.layers.Dense(1, "sigmoid")])
+        model.compile(keras.optimizers.Adam(0.01), "binary_crossentropy", metrics=["accuracy"])
+        return model
+
+    return accumulated(ctx, build, Rows((x, (x.sum(1) % 2).astype("float32"))))
+
+
+def case_accumulate_eager(ctx: Context) -> dict[str, Any]:
+    return accumulated(ctx, lambda: dense(sgd(), run_eagerly=True))
+
+
+def case_accumulate_several_steps(ctx: Context) -> dict[str, Any]:
+    # Keras 3.3 by itself cannot do with fewer steps in an epoch than in an execution: not in the reference.
+    return accumulated(ctx, lambda: dense(sgd(), steps_per_execution=4), reference=lambda: dense(sgd()))
+
+
+def case_accumulate_custom_step(ctx: Context) -> dict[str, Any]:
+    def build() -> Any:
+        model = Custom()
+        model.compile(keras.optimizers.Adam(0.01))
+        return model
+
+    return accumulated(ctx, build)
+
+
+def case_accumulate_mixed_precision(ctx: Context) -> dict[str, Any]:
+    """A loss scale of 32,768 on float16: the sums are kept in float32, or they would overflow."""
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        with options(ctx, accumulate=5):
+            model, share = distributed(ctx)
+            fit = model.fit(share, epochs=2, verbose=0)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    iterations = model.optimizer.inner_optimizer.iterations
+    return {
+        "digest": digest(model),
+        "loss": [float(x) for x in fit.history["loss"]],
+        "updates": int(iterations.numpy()),
+    }
+
+
+def case_accumulate_twice(ctx: Context) -> dict[str, Any]:
+    """A fit that broke off in the middle of a group leaves nothing to the next one."""
+    rows = classification()
+    share = rows.dataset([step[ctx.rank] for step in uneven(150, ctx.num_nodes)])
+
+    def train(*, breaks_off: bool) -> Any:
+        keras.utils.set_random_seed(7)
+        model = training.distribute(dense(sgd()), ctx)
+
+        def interrupt(batch: int, logs: Any) -> None:
+            if batch == 2:
+                raise KeyboardInterrupt
+
+        if breaks_off:
+            callback = keras.callbacks.LambdaCallback(on_train_batch_end=interrupt)
+            with contextlib.suppress(KeyboardInterrupt):
+                model.fit(share, epochs=1, verbose=0, callbacks=[callback])
+        model.fit(share, epochs=1, verbose=0)
+        return model
+
+    with options(ctx, accumulate=5):
+        models = [train(breaks_off=False), train(breaks_off=True)]
+    return {"digest": digest(models[1]), "off": distance(*(model.get_weights() for model in models))}
+
+
+def case_wire(ctx: Context) -> dict[str, Any]:
+    """Gradients as bfloat16, against float32; with a rate of 0 nothing may differ, whatever is not a gradient."""
+    rows = classification()
+    share = rows.dataset([step[ctx.rank] for step in uneven(150, ctx.num_nodes)])
+
+    def train(wire_dtype: str, rate: float) -> tuple[Any, list[Any], list[float]]:
+        keras.utils.set_random_seed(100 + ctx.rank)  # node 0's weights travel to the others
+        with options(ctx, wire_dtype=wire_dtype):
+            model = training.distribute(dense(keras.optimizers.SGD(rate)), ctx)
+            initial = model.get_weights()
+            fit = model.fit(share, epochs=2, verbose=0)
+        return model, initial, fit.history["loss"]
+
+    (exact, _, _), (rounded, initial, _) = (train(wire_dtype, 0.1) for wire_dtype in ("float32", "bfloat16"))
+    (_, _, losses), (still, unmoved, same_losses) = (train(wire_dtype, 0.0) for wire_dtype in ("float32", "bfloat16"))
+    found = {"digest": digest(rounded) + digest(still), "losses_off": distance([losses], [same_losses])}
+    if ctx.is_chief:
+        moved = distance(rounded.get_weights(), initial)
+        found["off"] = distance(rounded.get_weights(), exact.get_weights()) / moved
+        found["changed_without_rate"] = distance(still.get_weights(), unmoved)
+    return found
 
 
 # --- behaviour ------------------------------------------------------------------------------------------------

@@ -64,7 +64,11 @@ def build() -> bytes:
                 continue
             compiled = Path(scratch) / "module.pyc"
             py_compile.compile(
-                str(source), str(compiled), name, invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH
+                str(source),
+                str(compiled),
+                name,
+                invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH,
+                optimize=2,  # without docstrings, which are a good part of it, and in the sources beside it
             )
             archive.write(compiled, name + "c")
     return stream.getvalue()

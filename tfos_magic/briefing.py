@@ -12,7 +12,7 @@ from tfos_magic import roles
 from tfos_magic.members import Member
 from tfos_magic.options import RunOptions
 
-_DATA_OPTIONS = ("batch_size", "epochs", "features", "label", "weight", "shuffle", "seed")
+_DATA_OPTIONS = ("batch_size", "epochs", "features", "label", "weight", "shuffle")
 
 
 class Briefing:
@@ -78,6 +78,6 @@ class Briefing:
             "queues": self._queues,
             "feed_index": fed.index(node) if node in fed else 0,
             "training": options.training.to_json(),
-            "data_options": {name: getattr(options, name) for name in _DATA_OPTIONS},
+            "data_options": {**{name: getattr(options, name) for name in _DATA_OPTIONS}, "seed": options.data_seed},
         }
         node.send({**message, **fields})

@@ -22,10 +22,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tfos_magic import session, tasks
+from tfos_magic import grid, session, tasks
 from tfos_magic.briefing import Briefing
 from tfos_magic.errors import RunInterrupted, RunStoppedError, RunTimeoutError, TfosError
-from tfos_magic.failures import Failure, describe_launch_error, error_of, root_of
+from tfos_magic.failures import Failure, describe_launch_error, error_of, exit_words, is_worth_a_restart, root_of
 from tfos_magic.feed.prepare import prepare
 from tfos_magic.feeding import Delivery
 from tfos_magic.jobs import SparkJob
@@ -38,10 +38,12 @@ from tfos_magic.rendezvous import Message, Peer, RendezvousServer
 from tfos_magic.result import RunResult
 from tfos_magic.status import (
     Event,
+    NodeLogged,
     NodeState,
     PhaseChanged,
     RunEnded,
     RunPlanned,
+    RunRestarted,
     StatusBoard,
 )
 
@@ -96,26 +98,45 @@ def run(
     """
     board = board or StatusBoard()
     notify = functools.partial(_tell, [board.apply] + ([on_event] if on_event not in (None, board.apply) else []))
-    cluster = Cluster(spark, payload, options, on_event=notify, cell_names=cell_names or {}, stop=stop)
-    try:
-        frames = _prepared(options, data or {})
-        cluster.start(feeds=tuple(frames))
-        for name, frame in frames.items():
-            cluster.feed(name, frame)
-        cluster.wait()
-        cluster.close()
-    except KeyboardInterrupt:
-        what = f"interrupted after {cluster.elapsed_s:.0f} s; {options.num_nodes} nodes stopped"
-        cluster.abandon("stopped", what)
-        raise RunInterrupted(what) from None
-    except TfosError as error:
-        cluster.abandon("stopped" if isinstance(error, RunStoppedError) else "failed", error.headline)
-        raise
-    except BaseException as error:
-        cluster.abandon("failed", f"{type(error).__name__}: {error}")
-        raise
-    notify(RunEnded("done"))
-    return cluster.result(board)
+    stop = stop or threading.Event()
+    began, attempt = time.time(), 0
+    while True:
+        cluster = Cluster(
+            spark,
+            payload,
+            options,
+            on_event=notify,
+            cell_names=cell_names or {},
+            stop=stop,
+            attempt=attempt,
+            began=began,
+        )
+        try:
+            cluster.run_through(data or {})
+        except KeyboardInterrupt:
+            what = f"interrupted after {cluster.elapsed_s:.0f} s; {options.num_nodes} nodes stopped"
+            cluster.abandon("stopped", what)
+            raise RunInterrupted("\n".join(filter(None, [what, _way_on(board)]))) from None
+        except TfosError as error:
+            if attempt == options.max_restarts or stop.is_set() or not is_worth_a_restart(error):
+                cluster.abandon("stopped" if isinstance(error, RunStoppedError) else "failed", error.headline)
+                error.hint = "\n".join(filter(None, [error.hint, _way_on(board)]))
+                raise
+            cluster.give_up_attempt()
+            attempt += 1
+            notify(RunRestarted(" ".join(error.headline.split()), options.max_restarts - attempt))
+        except BaseException as error:
+            cluster.abandon("failed", f"{type(error).__name__}: {error}")
+            raise
+        else:
+            notify(RunEnded("done"))
+            return cluster.result(board)
+
+
+def _way_on(board: StatusBoard) -> str:
+    """Return what is not lost of a run that has ended too early; empty where nothing was saved."""
+    saved = board.view().checkpoint
+    return f"Training is saved up to {saved.where}: the same line with --resume goes on from there." if saved else ""
 
 
 def check(spark: Any, options: RunOptions, data: Mapping[str, DataFrame]) -> None:
@@ -168,6 +189,8 @@ class Cluster:
         cell_names: Mapping[str, str],
         queues: Sequence[str] = (),
         stop: threading.Event | None = None,
+        attempt: int = 0,
+        began: float | None = None,
     ) -> None:
         self._spark = session.as_session(spark)
         self._context = self._spark.sparkContext
@@ -190,9 +213,21 @@ class Cluster:
         self._server: RendezvousServer | None = None
         self._launch = Launch(self._context, options, self._nodes)
         self._briefing = Briefing(options, self._nodes, (), queues)
-        self._began = time.time()
+        self._attempt = attempt
+        self._began = time.time() if began is None else began
         self._timings: dict[str, float] = {}
-        self._emit(RunPlanned(options.title, tuple(node.name for node in self._nodes), options.epochs))
+        self._points = [grid.told(point) for point in options.grid or ()]
+        if not attempt:
+            self._emit(self._planned())
+
+    def _planned(self) -> RunPlanned:
+        return RunPlanned(
+            self._options.title,
+            tuple(node.name for node in self._nodes),
+            self._options.epochs,
+            is_independent=self._options.is_independent,
+            points=tuple(self._points),
+        )
 
     @property
     def id(self) -> str:
@@ -227,6 +262,15 @@ class Cluster:
 
     # --- start --------------------------------------------------------------------------------------------
 
+    def run_through(self, data: Mapping[str, DataFrame]) -> None:
+        """Start, feed, wait for all, and close."""
+        frames = _prepared(self._options, data)
+        self.start(feeds=tuple(frames))
+        for name, frame in frames.items():
+            self.feed(name, frame)
+        self.wait()
+        self.close()
+
     def start(self, feeds: Sequence[str] = (), timeout_s: float | None = None) -> None:
         """Start all nodes; return when each has heard who is who.
 
@@ -250,6 +294,7 @@ class Cluster:
             "secret": self._secret.hex(),
             "feed_secret": self._feed_secret.hex(),
             "node_secret": self._node_secret.hex(),
+            "attempt": self._attempt,
         }
         self._launch.begin(f"tfos_magic-{self._id}", config, self._payload.data, self._launch_ended)
         if not self._options.waits_for_all:
@@ -364,8 +409,29 @@ class Cluster:
             self.queues.node_returned(node)
             if self._options.is_independent:
                 node.stop()  # its slot is another node's turn
+        elif message.type == "exited" and message.header["answered"]:
+            self._lose_server(node, message.header)
         failure = node.report(message)
         if failure is not None and self._note(failure):
+            node.change(NodeState.FAILED)
+        if message.type == "result" and all(other.result is not None for other in self.fed_nodes):
+            self._tell_spectators()
+
+    def _tell_spectators(self) -> None:
+        """Tell an evaluator that nothing new will come: it cannot know which checkpoint is the last one."""
+        for node in self._nodes:
+            if not node.role.is_training:
+                node.send({"type": "training_over"})
+
+    def _lose_server(self, node: Member, header: Mapping[str, Any]) -> None:
+        """Note the death of a node that has returned and serves: a coordinator goes on while it has a worker."""
+        if node.state is not NodeState.RUNNING or self._is_closing:
+            return  # it does not serve, and its value is here; or it was told to end
+        others = [other for other in self._nodes if other is not node and other.role.job_name == "worker"]
+        if node.role.job_name == "worker" and not all(other.state.is_final for other in others):
+            self._emit(NodeLogged(node.name, (f"{node.name} {exit_words(header['code'])}; the others go on.",)))
+            node.change(NodeState.LOST)
+        elif self._note(Failure("exited", node=node.index, code=header["code"], tail=tuple(header["tail"]))):
             node.change(NodeState.FAILED)
 
     def _on_close(self, peer: Peer) -> None:
@@ -495,7 +561,7 @@ class Cluster:
         while (root := root_of(self._failures)).is_consequence and time.monotonic() < deadline:
             self.changed.wait(deadline - time.monotonic())
         nodes = {node.index: (node.name, node.host) for node in self._nodes}
-        return error_of(root, self._failures, nodes, self._cell_names)
+        return error_of(root, self._failures, nodes, self._cell_names, self._points)
 
     # --- end ----------------------------------------------------------------------------------------------
 
@@ -506,6 +572,16 @@ class Cluster:
             self.close()
         finally:
             self._emit(RunEnded(outcome, message))
+
+    def give_up_attempt(self) -> None:
+        """Stop everything of an attempt that another one follows."""
+        self._emit(PhaseChanged(f"stopping {len(self._nodes)} nodes, to start them again…"))
+        try:
+            self.close()
+        except KeyboardInterrupt:
+            what = f"interrupted after {self.elapsed_s:.0f} s; {len(self._nodes)} nodes stopped"
+            self._emit(RunEnded("stopped", what))
+            raise RunInterrupted(what) from None
 
     def close(self) -> None:
         """Stop all nodes and jobs and give back the port; idempotent. An interrupt meanwhile forces it."""
@@ -553,7 +629,7 @@ class Cluster:
         infos = tuple(node.describe() for node in self._nodes)
         history = {name: list(values) for name, values in (board.view().history or board.reports()).items()}
         blobs = tuple(node.result or b"" for node in self._nodes)
-        return RunResult(infos, history, dict(self._timings), board, blobs)
+        return RunResult(infos, history, dict(self._timings), board, blobs, grid=self._options.grid)
 
 
 def plan(spark: Any, options: RunOptions) -> list[str]:
@@ -561,11 +637,14 @@ def plan(spark: Any, options: RunOptions) -> list[str]:
     context = session.as_session(spark).sparkContext
     slots, names = session.slot_count(context), [role.name for role in options.roles()]
     free = slots - session.busy_slot_count(context)
-    held = "each holds its slot" if free > len(names) else "all slots are needed: nodes give theirs back once they run"
+    is_held = options.is_independent or free > len(names)
+    held = "each holds its slot" if is_held else "all slots are needed: nodes give theirs back once they run"
     return [
         f"{len(names)} nodes on {context.master} (application {context.applicationId}): {', '.join(names)}",
         f"{slots} task slots, {slots - free} busy now; {held}"
         if slots >= len(names)
+        else f"{slots} task slots for {len(names)} nodes: they start as slots come"
+        if not options.waits_for_all
         else f"too few slots: {len(names)} needed, {slots} there",
         *_plan_of_gpus(context, options),
         f"driver address {session.driver_address(context)[1]}, Spark {context.version}",

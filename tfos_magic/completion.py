@@ -18,6 +18,7 @@ _CHOOSERS: Mapping[str, arguments.Chooser] = {
     "--validation": arguments.names_of_frames,
     "--session": arguments.names_of_sessions,
     "--args": arguments.names_of_arguments,
+    "--grid": arguments.names_of_grids,
     "--mode": lambda _: list(arguments.SAVE_MODES),
 }
 _NO_RUNS: Mapping[str, Sequence[str]] = {}

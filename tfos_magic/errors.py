@@ -20,6 +20,7 @@ FeedError                       Spark failed while it delivered the data
 NodeError                       the user's function raised on a node; shows that traceback
 NodeKilledError                 a node's process was killed by a signal
 NodeLostError                   an executor or its machine went away
+LaunchError                     Spark has ended the tasks in which nodes were to run
 StalledError                    nodes wait for each other and can never go on
 RunTimeoutError                 ``--timeout`` passed
 StillRunningError               a background run has no result yet; it goes on
@@ -165,6 +166,10 @@ class DataError(TfosError):
 
 class FeedError(TfosError):
     """Spark failed while it delivered the data; ``__cause__`` holds Spark's own error."""
+
+
+class LaunchError(TfosError):
+    """Spark has ended the tasks in which nodes were to run; ``__cause__`` holds Spark's own error."""
 
 
 class StalledError(TfosError):

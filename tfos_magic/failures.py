@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from tfos_magic.errors import (
     EnvironmentMismatchError,
     GpuError,
+    LaunchError,
     NodeError,
     NodeKilledError,
     NodeLostError,
@@ -47,6 +48,11 @@ _HINTS = (
     (
         r"None values not supported",
         "If the data have no label: it is the column called label, y or target, or the one that --label names.",
+    ),
+    (
+        r"Attempt to convert a value \(PerReplica|Invalid reduction dimension 0 for input with 0 dimensions",
+        "Keras 3's fit and evaluate do not run under MultiWorkerMirroredStrategy: make the model without a strategy, "
+        "and call ctx.distribute(model) before fit.",
     ),
     (
         r"Could not locate class",
@@ -119,6 +125,7 @@ def error_of(
     failures: Sequence[Failure],
     nodes: Mapping[int, tuple[str, str]],
     cell_names: Mapping[str, str],
+    points: Sequence[str] = (),
 ) -> TfosError:
     """Return the error to raise for `root`.
 
@@ -128,12 +135,17 @@ def error_of(
         Node index → (name, host).
     cell_names : mapping of str to str
         File name of a cell → what the notebook calls it.
+    points : sequence of str, optional
+        What is different on each node, in words.
     """
     if root.error is not None:
         return root.error
-    name, host = nodes[root.node if root.node is not None else 0]
+    told = {index: f"{name} ({points[index]})" if points else name for index, (name, _) in nodes.items()}
+    index = root.node if root.node is not None else 0
+    name, host = nodes[index]
+    where = f"{told[index]} on {host}"
     others = [
-        f"{nodes[other.node][0]} failed too, by itself: {_summary(other)}"
+        f"{told[other.node]} failed too, by itself: {_summary(other)}"
         for other in failures
         if other is not root and other.node is not None and not other.is_consequence
     ][:_OTHERS_SHOWN]
@@ -141,18 +153,18 @@ def error_of(
         return _import_error(root, name, host)
     if root.kind == "lost":
         return NodeLostError(
-            f"{name} on {host} went away.",
+            f"{where} went away.",
             node=name,
             host=host,
             cause="Its executor or its machine was lost, or its Spark task was killed (Spark UI, cancelJobGroup).",
         )
     if root.kind == "exited":
         return NodeKilledError(
-            f"{name} on {host} {_exit_words(root.code)}.", node=name, host=host, log_lines=root.tail, others=others
+            f"{where} {exit_words(root.code)}.", node=name, host=host, log_lines=root.tail, others=others
         )
     what = root.remote.type_name if root.remote else root.kind
     return NodeError(
-        f"{name} on {host} raised {what}." if root.kind == "user" else f"The agent of {name} on {host} failed: {what}.",
+        f"{where} raised {what}." if root.kind == "user" else f"The agent of {where} failed: {what}.",
         node=name,
         host=host,
         remote=root.remote,
@@ -163,13 +175,29 @@ def error_of(
     )
 
 
+def is_worth_a_restart(error: TfosError) -> bool:
+    """Tell whether a run that has failed with this may well go through when its nodes are started again.
+
+    It is so where processes or machines were lost, and not where somebody's code or data are at fault: they would fail
+    in the same way again.
+    """
+    if isinstance(error, NodeKilledError | NodeLostError | LaunchError):
+        return True
+    if not isinstance(error, NodeError) or error.remote is None:
+        return False
+    from tfos_magic import training
+
+    return bool(training.is_consequence(error.remote.type_name, error.remote.message))
+
+
 def _summary(failure: Failure) -> str:
     if failure.remote is not None:
         return f"{failure.remote.type_name}: {failure.remote.message}"[:200]
-    return _exit_words(failure.code) if failure.kind == "exited" else failure.kind
+    return exit_words(failure.code) if failure.kind == "exited" else failure.kind
 
 
-def _exit_words(code: int | None) -> str:
+def exit_words(code: int | None) -> str:
+    """Return how a process ended, e.g. ``was killed by signal 9 (SIGKILL)``."""
     if code is not None and code < 0:
         guess = " (out of memory?)" if -code == signal.SIGKILL else ""
         try:
@@ -243,7 +271,7 @@ def describe_launch_error(error: Exception) -> TfosError:
             error,
         )
     return _caused(
-        TfosError(
+        LaunchError(
             f"Spark ended the nodes' tasks: {_line_with(text, 'exception:') or type(error).__name__}",
             cause="An executor was lost, the job was cancelled, or the executors' Python does not start.",
             hint="The Spark UI and the executors' stderr say more.",

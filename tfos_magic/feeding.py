@@ -10,6 +10,7 @@ Runs on: driver. No locks of its own: the cluster that owns the feeds calls unde
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -146,8 +147,14 @@ class Delivery:
         elif self.error is None and not self.row_count and self.queue is None:
             self.error = DataError(f"The DataFrame for {self.name!r} has 0 rows.", hint="Look at its filters.")
         if self.error is None or self.queue is not None:  # what has reached a queue stays there
+            about = {"rows_per_node": self._rows, "fingerprint": self._fingerprint()}
             for member in self._members:
-                member.send({"type": "feed_end", "feed": self.name, "rows_per_node": self._rows})
+                member.send({"type": "feed_end", "feed": self.name, **about})
+
+    def _fingerprint(self) -> int:
+        """Return a number that is most likely another one when rows, or their order, are others."""
+        of_partitions = [self._partitions[number].fingerprints[-1:] for number in sorted(self._partitions)]
+        return zlib.crc32(repr((of_partitions, self._rows)).encode())
 
 
 def _spark_error(name: str, error: Exception) -> TfosError:

@@ -23,6 +23,7 @@ import functools
 import importlib
 import importlib.metadata
 import inspect
+import os
 import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -305,7 +306,13 @@ class Extension:
         # follows TensorFlowOnSpark, and looks at ctx.job_name itself.
         is_body = isinstance(function, CellFunction) and function.entry is None
         serves_itself = not (wanted.ps and wanted.chief and is_body)
-        planned = self._plan(wanted, function, num_ps=wanted.ps, serves_itself=serves_itself)
+        planned = self._plan(
+            wanted,
+            function,
+            num_ps=wanted.ps,
+            serves_itself=serves_itself,
+            waits_for_all=not wanted.is_independent,
+        )
         if planned is None:
             return None
         result = self._run(wanted, *planned)
@@ -411,13 +418,15 @@ class Extension:
 
     def _plan(self, wanted: Line, function: Callable[..., Any], **more: Any) -> tuple[Payload, RunOptions] | None:
         """Return what is to run and how; None for a dry run, which is shown instead."""
-        payload = shipping.pack(function, args=_args(wanted))
+        points = wanted.grid if isinstance(wanted, TrainLine) else None
+        payload = shipping.pack(function, args=_args(wanted), grid=points)
         options = self._options(wanted, payload, **more)
         for warning in (*payload.warnings, *self._doctor.check(function, payload.left_out)):
             print(f"warning: {warning}", file=sys.stderr)
         if not wanted.is_dry_run:
             return payload, options
-        print("\n".join([*dry_run.describe(payload, wanted.executors), "", *self._describe_plan(wanted, options)]))
+        told = dry_run.describe(payload, wanted.executors, points)
+        print("\n".join([*told, "", *self._describe_plan(wanted, options)]))
         return None
 
     def _options(self, wanted: Line, payload: Payload, **more: Any) -> RunOptions:
@@ -510,4 +519,6 @@ def _args(wanted: Line) -> argparse.Namespace:
 
 
 def _local_slots(wanted: Line) -> int:
+    if isinstance(wanted, TrainLine) and wanted.is_independent:
+        return min(wanted.executors, os.cpu_count() or 1)  # the others take turns, and nobody is fed
     return wanted.executors + 1  # one more than there are nodes: the slot that feeds or asks them

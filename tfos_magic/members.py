@@ -13,6 +13,7 @@ from tfos_magic.rendezvous import Message, Peer
 from tfos_magic.result import NodeInfo
 from tfos_magic.roles import Role
 from tfos_magic.status import (
+    CheckpointSaved,
     Event,
     GpuSample,
     MachineSample,
@@ -163,6 +164,8 @@ class Member:
             self._emit(NodeLogged(self.name, tuple(header["lines"]), header["dropped"]))
         elif message.type == "metrics":
             self._emit(MetricsReported(self.name, header["values"], header["step"], header["epoch"]))
+        elif message.type == "checkpoint":
+            self._emit(CheckpointSaved(header["where"], header["size_bytes"]))
         elif message.type == "feed_port":
             self.feed_port = header["port"]
             self.open_feeds.add(header["feed"])

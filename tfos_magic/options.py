@@ -5,8 +5,9 @@ Runs on: driver.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tfos_magic import roles
 from tfos_magic.errors import UsageError
@@ -51,6 +52,8 @@ class RunOptions:
         What the function returns then predicts, batch by batch, for as long as Spark asks.
     is_independent : bool
         Each node is a cluster of its own, and ends when its function has returned.
+    grid : tuple of mapping, optional
+        What is different on each of the independent nodes, in node order: see :mod:`tfos_magic.grid`.
     waits_for_all : bool
         False, for independent nodes: they start as slots come, so there may be more of them than slots.
     ps_on_driver : bool
@@ -90,6 +93,7 @@ class RunOptions:
     release_port: bool = True
     predicts: bool = False
     is_independent: bool = False
+    grid: tuple[Mapping[str, Any], ...] | None = None
     waits_for_all: bool = True
     ps_on_driver: bool = False
     gpus_per_node: int | None = None
@@ -109,7 +113,17 @@ class RunOptions:
             raise UsageError(f"max_restarts is {self.max_restarts}; it must be 0 or more.")
         if self.timeout_s is not None and self.timeout_s <= 0:
             raise UsageError(f"timeout_s is {self.timeout_s:g}; it must be more than 0.")
+        if self.grid is not None and (not self.is_independent or len(self.grid) != self.num_nodes):
+            kind = "independent nodes" if self.is_independent else "nodes that train together"
+            raise UsageError(
+                f"The grid has {len(self.grid)} points for {self.num_nodes} {kind}; each independent node takes one."
+            )
         self.roles()
+
+    @property
+    def data_seed(self) -> int | None:
+        """The seed of shuffling: with checkpoints there is always one, or a resumed run would see other batches."""
+        return 0 if self.seed is None and self.training.checkpoint_dir is not None else self.seed
 
     def roles(self) -> tuple[roles.Role, ...]:
         """Return one role per node; UsageError when there are too few nodes."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tfos_magic import grid
 from tfos_magic.errors import ResultError
 from tfos_magic.status import StatusBoard
 
@@ -46,8 +47,11 @@ class RunResult:
     history : dict of str to list of float
         Metric → its value after each epoch, as in Keras' own ``History.history``: the mean over the nodes, which under
         ``ctx.distribute`` all have the same. In a run without epochs, what one node gave to ``ctx.report``, in order.
+        Empty after independent nodes: a mean over different things says nothing, see :attr:`histories`.
     timings : dict of str to float
         Seconds of each phase, from the start of the cell: see :data:`tfos_magic.cluster.Cluster`.
+    grid : tuple of dict, optional
+        The points of ``--grid``, in node order, as `values` and `histories` are. None where there was no grid.
     """
 
     nodes: tuple[NodeInfo, ...]
@@ -56,6 +60,7 @@ class RunResult:
     board: StatusBoard
     _blobs: tuple[bytes, ...] = ()
     _values: list[Any] = field(default_factory=list)
+    grid: tuple[Mapping[str, Any], ...] | None = None
 
     @property
     def values(self) -> list[Any]:
@@ -76,6 +81,16 @@ class RunResult:
         return list(self._values)
 
     @property
+    def histories(self) -> tuple[dict[str, tuple[float, ...]], ...]:
+        """Of independent nodes (``--independent``), one per node in node order, empty else.
+
+        Metric → its value after each epoch under ``ctx.distribute``, or, of a node that counts no epochs, what it gave
+        to ``ctx.report``, in order.
+        """
+        of_nodes = self.board.histories()
+        return tuple(of_nodes[node.name] for node in self.nodes) if of_nodes else ()
+
+    @property
     def logs(self) -> dict[str, tuple[str, ...]]:
         """Node → the last 2,000 lines of its output, oldest first."""
         return {node.name: self.board.logs(node.name) for node in self.nodes}
@@ -92,6 +107,8 @@ class RunResult:
     def __repr__(self) -> str:
         facts = [f"{len(self.nodes)} nodes", f"{self.timings.get('total', 0.0):.1f} s"]
         facts += [f"{name} {values[-1]:.4g}" for name, values in self.history.items() if values]
+        if self.grid is not None:
+            return "\n".join([f"<RunResult: {', '.join(facts)}, grid:", *self._lines_of_points(), ">"])
         try:
             if any(value is not None for value in self.values):
                 facts.append(f"values {_short(self.values)}")
@@ -99,16 +116,27 @@ class RunResult:
             facts.append(_short(error.fact))
         return f"<RunResult: {', '.join(facts)}>"
 
+    def _lines_of_points(self) -> list[str]:
+        """Return one line for each point of the grid: the point, and what the node returned."""
+        points = [grid.told(point) for point in self.grid or ()]
+        try:
+            values = [_short(value) for value in self.values]
+        except ResultError as error:
+            values = [_short(error.fact)] * len(points)
+        width = max(map(len, points))
+        return [f"  {point.ljust(width)}  →  {value}" for point, value in zip(points, values, strict=True)]
+
     def _repr_html_(self) -> str:
         """Return a table of the nodes' values; how the run went is on the board above it."""
         try:
             values = [_short(value) for value in self.values]
         except ResultError as error:
             return f"<pre>{html.escape(str(error))}</pre>"
+        points = [f"<td>{html.escape(grid.told(point))}</td>" for point in self.grid or ()] or [""] * len(values)
         rows = "".join(
-            f'<tr><th scope="row" style="text-align:left">{html.escape(node.name)}</th>'
+            f'<tr><th scope="row" style="text-align:left">{html.escape(node.name)}</th>{point}'
             f'<td style="text-align:left"><code>{html.escape(value)}</code></td></tr>'
-            for node, value in zip(self.nodes, values, strict=True)
+            for node, point, value in zip(self.nodes, points, values, strict=True)
         )
         return f"<table><tbody>{rows}</tbody></table>"
 

@@ -86,6 +86,7 @@ class ScalarLog:
         self._files: dict[str, EventFile] = {}
         self._began = time.time()
         self._reporter = ""
+        self._is_independent = False
         self._beats: dict[str, float] = {}
         self._steps: dict[str, int] = {}
         self._is_over = False
@@ -118,6 +119,7 @@ class ScalarLog:
     def _write(self, event: Event) -> None:
         if isinstance(event, RunPlanned):
             self._began = event.at
+            self._is_independent = event.is_independent
         elif isinstance(event, NodeBeat):
             self._write_beat(event)
         elif isinstance(event, MetricsReported) and event.epoch is not None:
@@ -134,10 +136,14 @@ class ScalarLog:
             self._file(_of_node(event.node)).add(_measured(view), int(event.at - self._began), event.at)
 
     def _write_epoch(self, event: MetricsReported, epoch: int) -> None:
-        self._reporter = self._reporter or event.node  # the nodes train one model: one of them tells of it
-        if event.node != self._reporter:
+        self._reporter = self._reporter or event.node
+        if self._is_independent:
+            place = f"{_of_node(event.node)}/"
+        elif event.node == self._reporter:  # the nodes train one model: one of them tells of it
+            place = ""
+        else:
             return
-        for name, is_validation in (("train", False), ("validation", True)):
+        for name, is_validation in ((f"{place}train", False), (f"{place}validation", True)):
             values = {
                 f"epoch_{key.removeprefix(_VALIDATION)}": value
                 for key, value in event.values.items()

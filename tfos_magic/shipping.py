@@ -94,7 +94,7 @@ class Payload:
 # --- function → bytes → function ---------------------------------------------------------------------------
 
 
-def pack(function: Callable[..., Any], *, args: Any = None) -> Payload:
+def pack(function: Callable[..., Any], *, args: Any = None, grid: Sequence[Mapping[str, Any]] | None = None) -> Payload:
     """Pickle `function` and `args`, checking everything they take along.
 
     Parameters
@@ -103,6 +103,8 @@ def pack(function: Callable[..., Any], *, args: Any = None) -> Payload:
         A :class:`~tfos_magic.cell.CellFunction` or any function of ``(args, ctx)``.
     args : object, optional
         What the function will be called with.
+    grid : sequence of mapping, optional
+        What is different on each node, in node order: see :mod:`tfos_magic.grid`.
 
     Returns
     -------
@@ -116,13 +118,14 @@ def pack(function: Callable[..., Any], *, args: Any = None) -> Payload:
     survey = _Survey()
     named = _captures(function)
     objects, left_out = _measure(function, named, survey)
-    if args is not None:
-        objects.append(_measure_one("args", args, survey, where=""))
+    for each, value in (("args", args), ("grid", grid)):
+        if value is not None:
+            objects.append(_measure_one(each, value, survey, where=""))
     if left_out:
         function = cast(cell.CellFunction, function).without(left_out)
     name = _name_of(function)
     try:
-        body = _dumps((function, args), survey)
+        body = _dumps((function, args, grid), survey)
     except Exception as error:  # any __reduce__ may raise anything
         raise _explain(name, function, error) from None
     sources = {**_sources(survey.files), **_own_source(function)}
@@ -133,7 +136,7 @@ def pack(function: Callable[..., Any], *, args: Any = None) -> Payload:
         sources=sources,
         modules=_modules(function, survey),
         left_out=tuple(left_out),
-        warnings=(*map(_left_out_warning, left_out), *_size_warnings(objects, {**named, "args": args})),
+        warnings=(*map(_left_out_warning, left_out), *_size_warnings(objects, {**named, "args": args, "grid": grid})),
     )
 
 
@@ -159,6 +162,26 @@ def unpack(data: bytes, *, as_main: bool = False) -> Callable[..., Any]:
 
 def unpack_call(data: bytes, *, as_main: bool = False) -> tuple[Callable[..., Any], Any]:
     """Return function and args as :func:`pack` was given them; see :func:`unpack`."""
+    function, args, _ = _unpack(data, as_main)
+    return function, args
+
+
+def unpack_for_node(data: bytes, index: int) -> tuple[Callable[..., Any], Any, Mapping[str, Any] | None]:
+    """Return function, args and point of the grid (None where there is no grid) for the node with this index.
+
+    The function's namespace is then this process's ``__main__``, and the point's keys are attributes of args; errors
+    are those of :func:`unpack`.
+    """
+    from tfos_magic import grid
+
+    function, args, points = _unpack(data, as_main=True)
+    if points is None:
+        return function, args, None
+    grid.apply(points[index], args)
+    return function, args, points[index]
+
+
+def _unpack(data: bytes, as_main: bool) -> tuple[Callable[..., Any], Any, Sequence[Mapping[str, Any]] | None]:
     envelope: _Envelope = pickle.loads(data)
     here = sys.version_info[:2]
     if envelope.python != here:
@@ -169,10 +192,10 @@ def unpack_call(data: bytes, *, as_main: bool = False) -> tuple[Callable[..., An
         )
     for filename, text in envelope.sources.items():
         install_source(filename, text)
-    function, args = pickle.loads(envelope.body)
+    function, args, grid = pickle.loads(envelope.body)
     if as_main:
         cell.install_as_main(_namespace_of(function))
-    return function, args
+    return function, args, grid
 
 
 def install_source(filename: str, text: str) -> None:

@@ -108,6 +108,10 @@ class RunPlanned:
     """Node names in node order, e.g. ``("chief:0", "worker:0")``."""
     epochs: int = 1
     at: float = field(default_factory=time.time)
+    is_independent: bool = False
+    """Each node does something else: no mean over nodes says anything, and there is no epoch of the run."""
+    points: tuple[str, ...] = ()
+    """What is different on each node, in words; empty where nothing is."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,27 @@ class PhaseChanged:
     """What the run as a whole is doing, in words for the header."""
 
     phase: str
+    at: float = field(default_factory=time.time)
+
+
+@dataclass(frozen=True)
+class RunRestarted:
+    """All nodes are started again: what they did since the last checkpoint is done once more."""
+
+    cause: str
+    """Why, in a line."""
+    attempts_left: int = 0
+    """How often that may happen again."""
+    at: float = field(default_factory=time.time)
+
+
+@dataclass(frozen=True)
+class CheckpointSaved:
+    """The state of training is in a file now: what comes after it would be lost with the nodes."""
+
+    where: str
+    """In words: ``epoch 3, step 120``."""
+    size_bytes: int
     at: float = field(default_factory=time.time)
 
 
@@ -184,7 +209,17 @@ class RunEnded:
     at: float = field(default_factory=time.time)
 
 
-Event = RunPlanned | PhaseChanged | NodeChanged | NodeBeat | NodeLogged | MetricsReported | RunEnded
+Event = (
+    RunPlanned
+    | RunRestarted
+    | CheckpointSaved
+    | PhaseChanged
+    | NodeChanged
+    | NodeBeat
+    | NodeLogged
+    | MetricsReported
+    | RunEnded
+)
 
 
 # --- the board --------------------------------------------------------------------------------------------
@@ -242,6 +277,8 @@ class NodeView:
     rows_per_epoch: int | None = None
     fed_since: float | None = None
     """When the first row was seen to be here."""
+    point: str = ""
+    """What is different on this node, in words."""
 
     @property
     def role(self) -> str:
@@ -272,6 +309,10 @@ class BoardView:
     """Rows that all nodes had used when epoch `epoch` ended, as far as their beats had told."""
     marked_step: int | None = None
     """The highest step reported until then."""
+    restarts: tuple[RunRestarted, ...] = ()
+    """How often, when and why the nodes were started again."""
+    checkpoint: CheckpointSaved | None = None
+    """The last one that was saved."""
     outcome: str = ""
     """Empty while the run goes on, then ``done``, ``failed`` or ``stopped``."""
     message: str = ""
@@ -313,6 +354,9 @@ class StatusBoard:
         self._epochs: dict[int, dict[str, _Mean]] = {}  # epoch → metric → over the nodes
         self._indices: dict[str, int] = {}  # of the nodes that have reported epochs
         self._is_history_stale = False
+        self._is_independent = False
+        self._own_epochs: dict[str, dict[str, dict[int, float]]] = {}  # of independent nodes: node → metric → epoch
+        self._own_reports: dict[str, dict[str, deque[float]]] = {}
         self._log_lines_kept = log_lines_kept
 
     def apply(self, event: Event) -> None:
@@ -344,6 +388,18 @@ class StatusBoard:
         with self._lock:
             return {name: tuple(values) for name, values in self._reports.items()}
 
+    def histories(self) -> dict[str, dict[str, tuple[float, ...]]]:
+        """Return per independent node its metrics: after each epoch, or as it reported them if it counts no epochs."""
+        with self._lock:
+            return {name: self._history_of(name) for name in self._nodes} if self._is_independent else {}
+
+    def _history_of(self, node: str) -> dict[str, tuple[float, ...]]:
+        epochs = self._own_epochs.get(node)
+        if epochs is None:
+            return {name: tuple(values) for name, values in self._own_reports.get(node, {}).items()}
+        numbers = sorted({number for values in epochs.values() for number in values})
+        return {name: tuple(values.get(number, math.nan) for number in numbers) for name, values in epochs.items()}
+
     def all_logs(self, last: int | None = None) -> dict[str, tuple[str, ...]]:
         """Return the output of every node that wrote any, in node order.
 
@@ -368,6 +424,10 @@ class StatusBoard:
         match event:
             case RunPlanned():
                 self._plan(event)
+            case RunRestarted():
+                self._restart(event)
+            case CheckpointSaved():
+                self._view = replace(self._view, checkpoint=event)
             case PhaseChanged():
                 self._view = replace(self._view, phase=self._view.phase if self._view.outcome else event.phase)
             case NodeChanged():
@@ -391,9 +451,20 @@ class StatusBoard:
         return self._nodes[name]
 
     def _plan(self, event: RunPlanned) -> None:
+        for name, point in zip(event.nodes, event.points, strict=False):
+            self._nodes[name] = replace(self._node(name), point=point)
         planned = {name: self._node(name) for name in event.nodes}
+        self._is_independent = event.is_independent
         self._nodes = planned | self._nodes  # nodes heard of before they were planned come last
         self._view = replace(self._view, title=event.title, epochs=event.epochs, started_at=event.at)
+
+    def _restart(self, event: RunRestarted) -> None:
+        """Begin anew with all that counts from a node's start; output, history and curves go on."""
+        for name, node in self._nodes.items():
+            self._nodes[name] = NodeView(name, point=node.point, last_line=node.last_line)
+            self._beats[name].clear()
+        self._sampled_at.clear()
+        self._view = replace(self._view, restarts=(*self._view.restarts, event), marked_rows=0)
 
     def _change(self, event: NodeChanged) -> None:
         node = self._node(event.node)
@@ -493,10 +564,20 @@ class StatusBoard:
             step=node.step if event.step is None else event.step,
             epoch=max(node.epoch or 0, event.epoch or 0) or None,
         )
-        if event.epoch is not None:
+        if self._is_independent:
+            self._measure_alone(event)
+        elif event.epoch is not None:
             self._measure_epoch(event, event.epoch)
         else:
             self._measure_report(event)
+
+    def _measure_alone(self, event: MetricsReported) -> None:
+        for name, value in event.values.items():
+            if event.epoch is not None:
+                self._own_epochs.setdefault(event.node, {}).setdefault(name, {})[event.epoch] = value
+            else:
+                kept = deque[float](maxlen=max(100, _REPORTS_KEPT // len(self._nodes)))
+                self._own_reports.setdefault(event.node, {}).setdefault(name, kept).append(value)
 
     def _measure_report(self, event: MetricsReported) -> None:
         self._reporter = self._reporter or event.node

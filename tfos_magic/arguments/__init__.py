@@ -12,8 +12,8 @@ Runs on: notebook.
 **What is expanded.** In options that take text or a number, ``{expr}`` and ``$name`` stand for the value of a Python
 expression; alone they keep its type (``--features {columns}`` may be a list), inside text they become ``str(value)``.
 ``{{``, ``}}`` and ``$$`` are the characters themselves, and braces around something that is no Python expression stay
-as they are. Options that take an object (``--data``, ``--validation``, ``--args``) are Python expressions already, so
-``df``, ``{df}`` and ``$df`` are the same there, and ``{"lr": 0.1}`` is a dict, quoted or not.
+as they are. Options that take an object (``--data``, ``--validation``, ``--args``, ``--grid``) are Python expressions
+already, so ``df``, ``{df}`` and ``$df`` are the same there, and ``{"lr": 0.1}`` is a dict, quoted or not.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from tfos_magic.arguments.names import (
     names_of_arguments,
     names_of_frames,
     names_of_functions,
+    names_of_grids,
     names_of_predictors,
     names_of_sessions,
 )
@@ -80,6 +81,7 @@ __all__ = [
     "names_of_arguments",
     "names_of_frames",
     "names_of_functions",
+    "names_of_grids",
     "names_of_predictors",
     "names_of_sessions",
     "option_strings",

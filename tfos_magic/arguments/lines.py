@@ -64,6 +64,9 @@ class TrainLine(Line):
     ps: int = 0
     chief: bool = True
     evaluator: bool = False
+    is_independent: bool = False
+    grid: tuple[Mapping[str, Any], ...] | None = None
+    """One point for each node."""
     max_restarts: int = 0
     training: TrainingOptions = field(default_factory=TrainingOptions)
 
@@ -99,8 +102,9 @@ def parse_train(line: str, namespace: Mapping[str, Any]) -> TrainLine:
     """
     given = _read(train_parser(), line)
     values = Converter(given, namespace)
+    grid = _grid(values)
     parsed = TrainLine(
-        **_common(values),
+        **_common(values, num_nodes=len(grid) if grid else None),
         validation=values.frame("validation"),
         epochs=values.integer("epochs", 1, least=1),
         batch_size=values.integer("batch_size", TrainLine.batch_size, least=1),
@@ -112,13 +116,51 @@ def parse_train(line: str, namespace: Mapping[str, Any]) -> TrainLine:
         tensorboard_dir=values.text("tensorboard"),
         is_background=given.background,
         ps=values.integer("ps", 0, least=0),
-        chief=given.chief,
+        chief=given.chief and not given.independent,
         evaluator=given.evaluator,
+        is_independent=given.independent,
+        grid=grid,
         max_restarts=values.integer("max_restarts", 0, least=0),
         training=_training(values),
     )
     _check_roles(parsed)
     return parsed
+
+
+_NOT_FED = "independent nodes are not fed. Read files in the cell; what df.toPandas() gives travels by its name"
+_SAME_DIRECTORY = (
+    "independent nodes would overwrite each other's files. Write them in the cell, to a path with ctx.executor_id in it"
+)
+_NOT_INDEPENDENT = {
+    "data": _NOT_FED,
+    "validation": _NOT_FED,
+    "ps": "independent nodes have nothing that others serve. Leave one of the two away",
+    "evaluator": "independent nodes have nobody to watch: each evaluates by itself. Leave one of the two away",
+    "checkpoint": _SAME_DIRECTORY,
+    "save": _SAME_DIRECTORY,
+    "max_restarts": "it starts all nodes again, also those that are done. Run the cell again for what is missing",
+}
+"""What ``--independent`` rules out → why, and what to do."""
+
+
+def _grid(values: Converter) -> tuple[Mapping[str, Any], ...] | None:
+    """Return the points of the grid, one for each node, after a look at what goes with it."""
+    given = values.given
+    if not given.independent:
+        if given.grid is not None:
+            raise UsageError("--grid needs --independent: each node works at one point of the grid, for itself.")
+        return None
+    for option, reason in _NOT_INDEPENDENT.items():
+        if getattr(given, option):
+            raise UsageError(f"--{option.replace('_', '-')} does not go with --independent: {reason}.")
+    grid = values.grid()
+    count = values.integer_if_given("executors", least=1)
+    if grid is not None and count not in (None, len(grid)):
+        raise UsageError(
+            f"--executors {count}: the grid has {len(grid)} points, and each is a node. Leave --executors away: "
+            "as many nodes run at once as there are free slots."
+        )
+    return grid
 
 
 def _training(values: Converter) -> TrainingOptions:
@@ -129,12 +171,12 @@ def _training(values: Converter) -> TrainingOptions:
                 raise UsageError(f"--{option.replace('_', '-')} needs --checkpoint DIR: where are the checkpoints?")
     steps, seconds = values.steps_or_time("checkpoint_every")
     return TrainingOptions(
-        checkpoint_dir=values.text("checkpoint"),
+        checkpoint_dir=values.directory("checkpoint"),
         checkpoint_every_steps=steps,
         checkpoint_every_s=seconds,
         keep_checkpoints=values.integer("keep_checkpoints", TrainingOptions.keep_checkpoints, least=1),
         resume=given.resume,
-        save_dir=values.text("save"),
+        save_dir=values.directory("save"),
         accumulate=values.integer("accumulate", 1, least=1),
         wire_dtype=values.choice("wire_dtype", WIRE_DTYPES) or TrainingOptions.wire_dtype,
     )
@@ -170,12 +212,13 @@ def _read(parser: argparse.ArgumentParser, line: str) -> argparse.Namespace:
     return parse_words(parser, words)
 
 
-def _common(values: Converter) -> dict[str, Any]:
+def _common(values: Converter, num_nodes: int | None = None) -> dict[str, Any]:
+    """Return what both magics have; `num_nodes` is what the other options say of --executors."""
     given = values.given
-    if given.executors is None:
+    if given.executors is None and num_nodes is None:
         raise UsageError("--executors is missing: on how many executors? For example --executors 2.")
     return {
-        "executors": values.integer("executors", 1, least=1),
+        "executors": values.integer("executors", num_nodes or 1, least=1),
         "function": values.text("function"),
         "data": values.frame("data"),
         "features": values.names("features"),

@@ -6,7 +6,7 @@ Runs on: notebook.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from tfos_magic.arguments.values import why_no_frame
@@ -27,6 +27,19 @@ def names_of_sessions(namespace: Mapping[str, Any]) -> list[str]:
 def names_of_arguments(namespace: Mapping[str, Any]) -> list[str]:
     """Return the notebook's names that ``--args`` accepts."""
     return [name for name, value in _visible(namespace) if isinstance(value, dict | argparse.Namespace)]
+
+
+def names_of_grids(namespace: Mapping[str, Any]) -> list[str]:
+    """Return the notebook's names that ``--grid`` accepts, or nearly: the items of a dict are not looked at."""
+    return [
+        name
+        for name, value in _visible(namespace)
+        if (isinstance(value, dict) and value) or (isinstance(value, list | tuple) and value and _are_dicts(value))
+    ]
+
+
+def _are_dicts(values: Iterable[Any]) -> bool:
+    return all(isinstance(value, dict) for value in values)
 
 
 def names_of_functions(namespace: Mapping[str, Any]) -> list[str]:

@@ -22,7 +22,7 @@ A cell that only defines a function of (args, ctx) is used as TensorFlowOnSpark'
 As a line, %tfos_train --executors 2 NAME runs a function of the notebook."""
 
 _TRAIN_EXAMPLE = """\
-{expr} and $name stand for values of the notebook. --data, --validation and --args are Python expressions.
+{expr} and $name stand for values of the notebook. --data, --validation, --args and --grid are Python expressions.
 
 example:
   %%tfos_train --executors 4 --data train_df --validation test_df --epochs 5 --out result
@@ -108,7 +108,8 @@ def train_parser() -> argparse.ArgumentParser:
     add("--chief", action=chief, default=True, help="node 0 is the chief (default), or a worker")
     add("--evaluator", action="store_true", help="one of the nodes is an evaluator")
     add("--independent", action="store_true", help="nodes know nothing of each other, and start as slots come")
-    add("--grid", metavar="EXPR", help="with --independent: a list of dicts, or a dict of lists; each node gets one")
+    grid = "with --independent: a list of dicts, or a dict of lists for all combinations; one node for each, in args"
+    add("--grid", metavar="EXPR", help=grid)
     _add_checkpoints(parser)
     add("--save", metavar="DIR", help="the chief leaves the trained model there: .keras and SavedModel")
     add("--accumulate", metavar="K", help="add up the gradients of K batches before nodes exchange them (default 1)")

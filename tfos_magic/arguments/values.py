@@ -6,7 +6,9 @@ Runs on: notebook.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
@@ -72,6 +74,15 @@ class Converter:
         if value is not None and not isinstance(value, str):
             self._complain(name, f"text is needed, not {type(value).__name__}.")
         return value
+
+    def directory(self, name: str) -> str | None:
+        """Return a path that means the same on another machine: absolute, or as it is where it names a file system."""
+        value = self.text(name)
+        if value is None or re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", value):
+            return value
+        if not value:
+            self._complain(name, "the name of a directory is needed.")
+        return os.path.abspath(os.path.expanduser(value))
 
     def names(self, name: str) -> tuple[str, ...] | None:
         """Return names of columns, at least one, each once."""
@@ -148,6 +159,12 @@ class Converter:
         except EvaluationError as error:
             self._complain(name, str(error))
 
+    def _object_or_json(self, name: str) -> Any:
+        try:
+            return json.loads(getattr(self.given, name))
+        except ValueError:
+            return self._object(name)
+
     def frame(self, name: str) -> Any:
         """Return a Spark DataFrame."""
         if getattr(self.given, name) is None:
@@ -160,21 +177,53 @@ class Converter:
 
     def arguments(self) -> Mapping[str, Any] | None:
         """Return what ``--args`` holds, by attribute name."""
-        text = self.given.args
-        if text is None:
+        if self.given.args is None:
             return None
-        try:
-            value = json.loads(text)
-        except ValueError:
-            value = self._object("args")
+        value = self._object_or_json("args")
         if not isinstance(value, Mapping):
             value = vars(value) if hasattr(value, "__dict__") and not isinstance(value, type) else value
         if not isinstance(value, Mapping):
             self._complain("args", f"a dict, a Namespace or JSON is needed, not {type(value).__name__}.")
+        self._require_attributes("args", value)
+        return dict(value)
+
+    def grid(self) -> tuple[Mapping[str, Any], ...] | None:
+        """Return the points of ``--grid``: a list's items, or all combinations of a dict's, the last key fastest."""
+        if self.given.grid is None:
+            return None
+        value = self._object_or_json("grid")
+        points = self._combinations(value) if isinstance(value, Mapping) else self._points(value)
+        if not points:
+            self._complain("grid", "it has no points.")
+        return points
+
+    def _points(self, value: Any) -> tuple[dict[str, Any], ...]:
+        if not isinstance(value, list | tuple):
+            self._complain("grid", f"a list of dicts or a dict of lists is needed, not {type(value).__name__}.")
+        for number, point in enumerate(value):
+            if not isinstance(point, Mapping):
+                self._complain("grid", f"item {number} is no dict, but {type(point).__name__}.")
+            self._require_attributes("grid", point)
+        return tuple(dict(point) for point in value)
+
+    def _combinations(self, value: Mapping[Any, Any]) -> tuple[dict[str, Any], ...]:
+        self._require_attributes("grid", value)
+        lists = [self._values_of(key, values) for key, values in value.items()]
+        return tuple(dict(zip(value, point, strict=True)) for point in itertools.product(*lists) if point)
+
+    def _values_of(self, key: str, values: Any) -> Sequence[Any]:
+        if callable(getattr(values, "tolist", None)):  # NumPy's: np.logspace(…) is what one writes here
+            values = values.tolist()
+        if not isinstance(values, Sequence) or isinstance(values, str | bytes):
+            self._complain("grid", f"{key} needs a list of values, not {type(values).__name__}.")
+        if not values:
+            self._complain("grid", f"{key} has no values.")
+        return values
+
+    def _require_attributes(self, name: str, value: Mapping[Any, Any]) -> None:
         wrong = [key for key in value if not (isinstance(key, str) and is_variable(key))]
         if wrong:
-            self._complain("args", f"{wrong[0]!r} cannot be an attribute of args.")
-        return dict(value)
+            self._complain(name, f"{wrong[0]!r} cannot be an attribute of args.")
 
 
 def why_no_frame(value: Any) -> str:

@@ -103,6 +103,7 @@ def make_dataset(
     choice = Choice(tuple(schema.names), None, None) if raw else columns.choose(schema.names, features, label, weight)
     layout = _Layout(choice, {name: specs[name] for name in choice.names}, as_dict=raw or len(choice.features) > 1)
     reader = _Reader(source, layout, batch_size, shuffle, seed)
+    source.reading = f"{batch_size} rows, shuffle {shuffle}, seed {seed}"
     dataset = _ragged_dataset(reader) if layout.has_ragged else _dense_dataset(reader)
     if source.is_ended:  # Keras then shows how far an epoch is, and does not warn that the data "ran out"
         import tensorflow as tf

@@ -223,7 +223,8 @@ class FeedReceiver:
                 self.fail(name, f"Partition {partition} of feed '{name}': {row_count} rows dealt, {staged} arrived.")
                 return
             for chunk in chunks:
-                self._notify(ChunkReady(name, chunk.offset, chunk.length_bytes, chunk.row_count))
+                place = chunk.offset, chunk.length_bytes, chunk.row_count
+                self._notify(ChunkReady(name, *place, partition=partition))
             if feed.limit_bytes is not None and is_last:
                 self._notify(PartitionEnded(name))
             self._room_made.notify_all()
@@ -234,9 +235,9 @@ class FeedReceiver:
             self._feed(name).discard(partition, attempt)
             self._room_made.notify_all()
 
-    def end(self, name: str, rows_per_node: Sequence[int]) -> None:
+    def end(self, name: str, rows_per_node: Sequence[int], fingerprint: int = 0) -> None:
         """Say that every partition has been published."""
-        self._finish(name, FeedEnded(name, tuple(rows_per_node)))
+        self._finish(name, FeedEnded(name, tuple(rows_per_node), fingerprint))
 
     def fail(self, name: str, message: str) -> None:
         """Say that the feed will not be completed, and why."""

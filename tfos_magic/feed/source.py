@@ -38,9 +38,16 @@ class FeedSource:
         The feed's, e.g. ``train``.
     node_index : int
         This node's place in ``rows_per_node``.
+    in_order : bool
+        Let readers wait for the feed's end, and give them the chunks in the order of the partitions: so they are the
+        same in each run. Otherwise readers get them as they come.
 
     Attributes
     ----------
+    fingerprint : int
+        From the feed's end on: a number that is most likely another one when the feed's rows, or their order, are.
+    reading : str
+        How the last dataset that was made reads it: what, with the rows, decides what its batches are.
     whole_columns : dict
         Datasets keep the feed's joined columns here. Not in a dataset: TensorFlow never frees a generator's closure.
     error : BaseException or None
@@ -48,9 +55,13 @@ class FeedSource:
         original.
     """
 
-    def __init__(self, name: str, node_index: int) -> None:
+    def __init__(self, name: str, node_index: int, *, in_order: bool = False) -> None:
         self.name = name
         self.node_index = node_index
+        self.fingerprint = 0
+        self.reading = ""
+        self._in_order = in_order
+        self._partitions: list[int] = []
         self.whole_columns: dict[Any, Any] = {}
         self.error: BaseException | None = None
         self._changed = threading.Condition()
@@ -79,15 +90,20 @@ class FeedSource:
             self._schema_ipc, self._fd = schema_ipc, fd
             self._changed.notify_all()
 
-    def add(self, offset: int, length_bytes: int, row_count: int) -> None:
-        """Take one more chunk."""
+    def add(self, chunk: ChunkRef, partition: int = 0) -> None:
+        """Take one more chunk; those of a partition come in their order."""
         with self._changed:
-            self._chunks.append(ChunkRef(offset, length_bytes, row_count))
+            self._chunks.append(chunk)
+            self._partitions.append(partition)
             self._changed.notify_all()
 
-    def end(self, rows_per_node: Sequence[int]) -> None:
+    def end(self, rows_per_node: Sequence[int], fingerprint: int = 0) -> None:
         """Take note that nothing more will come; fails the feed if this node's chunks do not add up."""
         with self._changed:
+            self.fingerprint = fingerprint
+            if self._in_order:
+                places = sorted(range(len(self._chunks)), key=self._partitions.__getitem__)
+                self._chunks = [self._chunks[place] for place in places]
             arrived, dealt = self._arrived(), rows_per_node[self.node_index]
             if arrived != dealt:
                 self._failure = f"Feed '{self.name}': this node was dealt {dealt:,} rows, {arrived:,} arrived."
@@ -117,7 +133,7 @@ class FeedSource:
     def schema(self) -> pa.Schema | None:
         """The columns; waits until they are known. None if the feed ended without a single row."""
         with self._changed:
-            self._wait_until(lambda: self._schema_ipc is not None or self._rows_per_node is not None)
+            self._wait_until(lambda: self._has_columns or self.is_ended)
             if self._schema is None and self._schema_ipc is not None:
                 import pyarrow as pa
 
@@ -173,7 +189,7 @@ class FeedSource:
             If the feed has failed.
         """
         with self._changed:
-            self._wait_until(lambda: len(self._chunks) > start or self._rows_per_node is not None)
+            self._wait_until(lambda: self._has(start) or self.is_ended)
             refs, size_bytes = [], 0
             for ref in self._chunks[start:]:
                 refs.append(ref)
@@ -185,7 +201,7 @@ class FeedSource:
     def has_more(self, start: int) -> bool:
         """Return whether there is, or will be, a chunk number `start`; waits until that is known."""
         with self._changed:
-            self._wait_until(lambda: len(self._chunks) > start or self._rows_per_node is not None)
+            self._wait_until(lambda: self._has(start) or self.is_ended)
             return len(self._chunks) > start
 
     def read(self, ref: ChunkRef) -> pa.RecordBatch:
@@ -219,6 +235,16 @@ class FeedSource:
             left = self._chunks[self._used_chunks :]
         return len(left), sum(chunk.length_bytes for chunk in left)
 
+    @property
+    def passes(self) -> int:
+        """How often datasets have begun to read this feed; to set it is to go on as after so many times."""
+        return self._passes
+
+    @passes.setter
+    def passes(self, count: int) -> None:
+        with self._changed:
+            self._passes = count
+
     def begin_pass(self) -> int:
         """Return how often datasets have begun to read this feed before: what makes each epoch's order different."""
         with self._changed:
@@ -238,6 +264,15 @@ class FeedSource:
         return self._waiting_readers > 0
 
     # --- inside -------------------------------------------------------------------------------------------
+
+    @property
+    def _has_columns(self) -> bool:
+        """Whether the columns may be told before the feed has ended."""
+        return not self._in_order and self._schema_ipc is not None
+
+    def _has(self, start: int) -> bool:
+        """Return whether chunk number `start` can be read before the feed has ended."""
+        return not self._in_order and len(self._chunks) > start
 
     def _arrived(self) -> int:
         return sum(chunk.row_count for chunk in self._chunks)
@@ -288,13 +323,21 @@ class Feeds:
         How often ``DataFeed`` repeats the rows of a cached feed.
     queues : sequence of StreamSource
         What rows pass through once.
+    in_order : bool
+        Whether the rows of cached feeds are to come in the same order in each run; see :class:`FeedSource`.
     """
 
     def __init__(
-        self, names: Sequence[str], node_index: int, epochs: int = 1, queues: Sequence[StreamSource] = ()
+        self,
+        names: Sequence[str],
+        node_index: int,
+        epochs: int = 1,
+        queues: Sequence[StreamSource] = (),
+        *,
+        in_order: bool = False,
     ) -> None:
         self.epochs = epochs
-        self._sources = {name: FeedSource(name, node_index) for name in names}
+        self._sources = {name: FeedSource(name, node_index, in_order=in_order) for name in names}
         self._queues = {queue.name: queue for queue in queues}
         self._deliveries: dict[str, StreamSource] = {}
 
@@ -330,6 +373,11 @@ class Feeds:
         from tfos_magic.feed.readers import CachedReader
 
         return CachedReader(self.get(name), self.epochs)
+
+    @property
+    def cached(self) -> list[FeedSource]:
+        """The cached feeds, in the order of their names in the run."""
+        return [*self._sources.values()]
 
     def queue(self, name: str) -> StreamSource:
         """Return a queue that the run has."""

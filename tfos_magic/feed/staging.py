@@ -36,6 +36,7 @@ class ChunkReady:
     length_bytes: int
     row_count: int
     session: int | None = None
+    partition: int = 0
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ class FeedEnded:
 
     name: str
     rows_per_node: tuple[int, ...]
+    fingerprint: int = 0
+    """Of all rows in the order of their partitions, as far as samples of them tell."""
 
 
 @dataclass(frozen=True)

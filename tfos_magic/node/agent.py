@@ -356,7 +356,8 @@ class Agent:
 
     def _on_feed_end(self, message: Message) -> None:
         if self._receiver is not None:
-            self._receiver.end(message.header["feed"], list(message.header["rows_per_node"]))
+            header = message.header
+            self._receiver.end(header["feed"], list(header["rows_per_node"]), header["fingerprint"])
 
     def _on_feed_fail(self, message: Message) -> None:
         if self._receiver is not None:
@@ -369,6 +370,9 @@ class Agent:
         for feed in self._queue_feeds.get(message.header["queue"], ()):
             if self._receiver is not None:
                 self._receiver.stop(feed, message.header["reason"])
+        self._to_child(message.header)
+
+    def _on_training_over(self, message: Message) -> None:
         self._to_child(message.header)
 
     def _on_where(self, message: Message) -> None:
@@ -469,13 +473,15 @@ class Agent:
             self._to_child({"type": "feed_opened", "feed": feed, "schema": schema}, notice.fd)
         elif isinstance(notice, staging.ChunkReady):
             chunk = [notice.offset, notice.length_bytes, notice.row_count]
-            self._to_child({"type": "chunk", "feed": feed, "chunk": chunk, "session": notice.session})
+            about = {"session": notice.session, "partition": notice.partition}
+            self._to_child({"type": "chunk", "feed": feed, "chunk": chunk, **about})
         elif isinstance(notice, staging.PartitionEnded):
             self._to_child({"type": "partition_ended", "feed": feed, "session": notice.session})
         elif isinstance(notice, staging.SessionLost):
             self._to_child({"type": "session_lost", "feed": feed, "session": notice.session})
         elif isinstance(notice, staging.FeedEnded):
-            self._to_child({"type": "feed_ended", "feed": feed, "rows_per_node": notice.rows_per_node})
+            ended = {"rows_per_node": notice.rows_per_node, "fingerprint": notice.fingerprint}
+            self._to_child({"type": "feed_ended", "feed": feed, **ended})
         elif isinstance(notice, staging.FeedFailed):
             self._to_child({"type": "feed_failed", "feed": feed, "message": notice.message})
 

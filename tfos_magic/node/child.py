@@ -12,9 +12,11 @@ import contextlib
 import importlib
 import json
 import os
+import random
 import socket
 import sys
 import time
+import zlib
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -64,11 +66,14 @@ def _live(config: dict[str, Any], payload_fd: int, link: Link) -> None:
         from tfos_magic import shipping, training
         from tfos_magic.node.context import NodeContext
 
-        function, args = shipping.unpack_call(channel.read_all(payload_fd), as_main=True)
+        function, args, point = shipping.unpack_for_node(channel.read_all(payload_fd), config["index"])
         os.close(payload_fd)
-        context = NodeContext(config, start, args, link)
+        _seed(start["data_options"]["seed"], config["index"])
+        context = NodeContext(config, start, args, link, point)
         link.send("state", state="RUNNING", times={**times, "running": time.time()})
+        training.prepare(context)
         value = _call(function, args, context)
+        training.save(context, value)
         if start["predicts"]:
             value = _predict(value, start["data_options"], link)
         training.warn_if_forgotten(context)
@@ -81,6 +86,22 @@ def _live(config: dict[str, Any], payload_fd: int, link: Link) -> None:
     link.send_blob("result", blob)
     if training.is_serving():
         link.send("state", state="RUNNING")  # the function is over, the server is not
+
+
+def _seed(seed: int | None, index: int) -> None:
+    """Start the random streams of this node where ``--seed`` says; each node has its own.
+
+    Keras takes the seeds of its initialisers and random layers from Python's. What modules that nobody has imported yet
+    draw from is theirs to say.
+    """
+    if seed is None:
+        return
+    own = zlib.crc32(f"{seed}/{index}".encode())
+    random.seed(own)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(own)
+    if "tensorflow" in sys.modules:
+        sys.modules["tensorflow"].random.set_seed(own)
 
 
 def _predict(predictor: Any, options: Mapping[str, Any], link: Link) -> int:

@@ -57,6 +57,8 @@ class NodeContext:
         True on ``chief:0``, or on ``worker:0`` where there is no chief.
     args : object
         What the magic's options and ``--args`` gave: ``args.epochs``, ``args.batch_size``, …
+    point : dict or None
+        This node's point of ``--grid``; its keys are attributes of `args` as well.
     attempt : int
         0, and one more after each restart.
     training : TrainingOptions
@@ -71,7 +73,14 @@ class NodeContext:
         Its lines appear on the board and in the result.
     """
 
-    def __init__(self, config: Mapping[str, Any], start: Mapping[str, Any], args: Any, link: Link) -> None:
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        start: Mapping[str, Any],
+        args: Any,
+        link: Link,
+        point: Mapping[str, Any] | None = None,
+    ) -> None:
         self.executor_id: int = config["index"]
         self.worker_num: int = config["index"]
         self.job_name: str = start["job_name"]
@@ -83,6 +92,7 @@ class NodeContext:
         self.is_server: bool = start["is_server"]
         self.is_coordinator: bool = start["is_coordinator"]
         self.args = args
+        self.point = None if point is None else dict(point)
         self.attempt: int = config.get("attempt", 0)
         self.working_dir: str = os.getcwd()
         self.defaultFS: str = config["default_fs"]
@@ -98,6 +108,16 @@ class NodeContext:
 
     def __repr__(self) -> str:
         return f"<NodeContext {self.job_name}:{self.task_index}, {self.num_nodes} training nodes>"
+
+    @property
+    def checkpoint_dir(self) -> str | None:
+        """The directory that ``--checkpoint`` names; ``ctx.distribute`` keeps its own files in folders of it."""
+        return self.training.checkpoint_dir
+
+    @property
+    def is_resuming(self) -> bool:
+        """True when what the directory holds is to be gone on with: with ``--resume``, or after a restart."""
+        return self.training.resume or self.attempt > 0
 
     def dataset(
         self,
@@ -193,6 +213,27 @@ class NodeContext:
 
         return training.strategy(self)
 
+    def is_training_over(self, wait_s: float = 0.0) -> bool:
+        """Tell an evaluator whether chief and workers have all returned, so that nothing new will come from them.
+
+        Parameters
+        ----------
+        wait_s : float
+            How long to wait for that at most, e.g. until the next look at the checkpoints. It ends at once when
+            training does.
+
+        Raises
+        ------
+        UsageError
+            On a node that trains: there it is over when your function returns.
+        """
+        if self.job_name not in _NOT_TRAINING:
+            raise UsageError(
+                f"{self.job_name}:{self.task_index} trains: it cannot wait for the end of what it does itself.",
+                hint='Ask on the evaluator: if ctx.job_name == "evaluator".',
+            )
+        return self._link.training_over.wait(wait_s)
+
     def report(self, step: int | None = None, **metrics: float) -> None:
         """Show metrics on the board and keep them in the result, e.g. ``ctx.report(step=10, loss=0.3)``."""
         self._link.send("metrics", step=step, epoch=None, values=_numbers(metrics))
@@ -200,6 +241,18 @@ class NodeContext:
     def report_epoch(self, epoch: int, logs: Mapping[str, Any]) -> None:
         """Record the metrics of a whole epoch, counted from 1; ``ctx.distribute`` calls it by itself."""
         self._link.send("metrics", step=None, epoch=epoch, values=_numbers(logs))
+
+    def report_checkpoint(self, where: str, size_bytes: int) -> None:
+        """Show on the board up to where training is saved; ``ctx.distribute`` calls it by itself.
+
+        Parameters
+        ----------
+        where : str
+            In words, e.g. ``epoch 3, step 120``.
+        size_bytes : int
+            Of the file.
+        """
+        self._link.send("checkpoint", where=where, size_bytes=size_bytes)
 
     def absolute_path(self, path: str) -> str:
         """Return `path` with its file system; see :func:`tfos_magic.TFNode.hdfs_path`."""

@@ -38,6 +38,8 @@ class Link:
         self.feeds: Feeds
         """There from the start message on."""
         self._send_lock = threading.Lock()
+        self.training_over = threading.Event()
+        """Set when the driver says that chief and workers have all returned; others than those hear of it."""
         self._started = threading.Event()
         self._exit = threading.Event()
         self._start: Mapping[str, Any] = {}
@@ -108,11 +110,15 @@ class Link:
         self._start = start = note.header
         index = start["feed_index"]
         queues = [StreamSource(name, index, self) for name in start["queues"]]
-        self.feeds = Feeds(start["feeds"], index, start["data_options"]["epochs"], queues)
+        data = start["data_options"]
+        self.feeds = Feeds(start["feeds"], index, data["epochs"], queues, in_order=data["seed"] is not None)
         self._started.set()
 
     def _on_exit(self, note: channel.Note) -> None:
         self._exit.set()
+
+    def _on_training_over(self, note: channel.Note) -> None:
+        self.training_over.set()
 
     def _on_where(self, note: channel.Note) -> None:
         self.send("where", text=_whereabouts())
@@ -138,7 +144,7 @@ class Link:
         if queue is not None:
             queue.add(feed, ChunkRef(*chunk), note.header["session"])
         else:
-            self.feeds.get(feed).add(*chunk)
+            self.feeds.get(feed).add(ChunkRef(*chunk), note.header["partition"])
 
     def _on_partition_ended(self, note: channel.Note) -> None:
         queue = self.feeds.queue_of(note.header["feed"])
@@ -156,7 +162,7 @@ class Link:
         if queue is not None:
             queue.end_delivery(feed, rows)
         else:
-            self.feeds.get(feed).end(rows)
+            self.feeds.get(feed).end(rows, note.header["fingerprint"])
 
     def _on_feed_failed(self, note: channel.Note) -> None:
         feed = note.header["feed"]

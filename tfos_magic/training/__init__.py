@@ -6,6 +6,12 @@ Runs on: executors.
     ring.py             sums of arrays over all nodes, by TCP; knows nothing of TensorFlow
     keras_fit.py        the hooks on a Keras model: fit and evaluate over a ring
     shared_step.py      one step of it, as traced
+    exchange.py         tensors added up over all nodes
+    packing.py          many arrays in one message
+    accumulation.py     --accumulate: gradients of several batches, one exchange
+    checkpointing.py    one call of fit: saved as it goes on, and brought back
+    checkpoint_files.py those files
+    export.py           the trained models, where --save says
     batch_norm.py       batch normalisation with the statistics of the whole batch
     agreement.py        what nodes compare before they start
     tf_strategies.py    TensorFlow's own strategies and servers, for custom loops
@@ -16,6 +22,7 @@ Importing this imports neither TensorFlow nor Keras; calling its functions does.
 from __future__ import annotations
 
 import gc
+import itertools
 import sys
 from typing import Any, NoReturn
 
@@ -34,6 +41,7 @@ class _Training:
         self.ring: Any = None
         self.strategy: Any = None
         self.fits: list[Any] = []
+        self.fit_numbers = itertools.count(1)
 
     @classmethod
     def of(cls, ctx: Any) -> _Training:
@@ -97,6 +105,10 @@ def distribute(model: Any, ctx: Any) -> Any:
       of the optimizer and the epoch that BackupAndRestore finds on the chief. Other callbacks run everywhere: one of
       your own that writes should ask ``ctx.is_chief``.
     * ``jit_compile`` is switched off with more than one node.
+    * With ``--accumulate K`` the gradients of K batches are added up before nodes exchange and apply them: one step
+      with K·B rows. ``optimizer.iterations`` counts updates; what an epoch leaves over is applied at its end.
+    * With ``--wire-dtype bfloat16`` dense gradients travel with 8 bits of precision, and half the bytes. Sums are made
+      in float32, and all nodes still have the same bits.
     """
     import keras
 
@@ -105,14 +117,14 @@ def distribute(model: Any, ctx: Any) -> Any:
     if not isinstance(model, keras.Model):
         raise UsageError(
             f"ctx.distribute needs a Keras 3 model, not {type(model).__module__}.{type(model).__qualname__}.",
-            hint="For tf_keras models and custom loops use `with ctx.strategy().scope():`.",
+            hint="Make tf_keras models in `with ctx.strategy().scope():`: their fit runs under it.",
         )
     state = _Training.of(ctx)
     if any(fit.model is model for fit in state.fits):
         return model
     if ctx.num_nodes > 1 and state.ring is None:
         state.ring = _meet(ctx, state)
-    fit = KerasFit(model, state.ring, ctx, len(state.fits))
+    fit = KerasFit(model, state.ring, ctx, len(state.fits), state.fit_numbers)
     fit.install()
     state.fits.append(fit)
     return model
@@ -266,6 +278,41 @@ def warn_if_forgotten(ctx: Any) -> None:
                 ctx.num_nodes,
             )
             return
+
+
+def prepare(ctx: Any) -> None:
+    """Raise what can be known to be wrong before the function begins: a directory that cannot be written to."""
+    if ctx.training.save_dir is not None and ctx.is_chief:
+        from tfos_magic.training.export import require_writable
+
+        require_writable(ctx.training.save_dir)
+
+
+def save(ctx: Any, value: Any) -> None:
+    """Leave the trained models where ``--save`` says; on the chief, when the function has returned.
+
+    Parameters
+    ----------
+    ctx : NodeContext
+    value : object
+        What the function returned: where no model was given to :func:`distribute`, this may be one.
+    """
+    if ctx.training.save_dir is None or not ctx.is_chief:
+        return
+    state, keras = getattr(ctx, _STATE, None), sys.modules.get("keras")
+    models = [fit.model for fit in state.fits] if state is not None else []
+    if not models and keras is not None and isinstance(value, keras.Model):
+        models = [value]
+    if not models:
+        ctx.log.warning(
+            "--save: there is no model to be saved. It is the one given to ctx.distribute(model), or else the value of "
+            "the cell's last line."
+        )
+        return
+    from tfos_magic.training.export import save_models
+
+    with ctx.saving():
+        save_models(models, ctx.training.save_dir, ctx.log)
 
 
 def is_consequence(type_name: str, message: str) -> bool:

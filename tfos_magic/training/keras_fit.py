@@ -3,14 +3,18 @@
 Runs on: executors.
 
     fit ─► on other nodes than the chief: callbacks that write files are left out
-           on_train_begin: same model, same number of steps everywhere? weights, first epoch := node 0's
+           on_train_begin: a checkpoint to go on with? same model, same number of steps everywhere?
+                           weights, first epoch := node 0's
            epoch begin ─► learning rate := node 0's
-      step ─► model.train_step (the user's or Keras's own), with these put in between while it is traced:
-               optimizer.apply     ◄─ gradients := sum(rows_i * g_i) / sum(rows_i)        one message
+      step ─► drawn before the checkpoint? then it is passed over
+           ─► model.train_step (the user's or Keras's own), with these put in between while it is traced:
+               optimizer.apply     ◄─ gradients := sum(rows_i * g_i) / sum(rows_i)
                metric.result       ◄─ remembered, computed again from the whole batch's metrics
                variable.assign     ◄─ remembered (moving statistics)
-           ─► metrics += sum of what each node added; moving statistics averaged            one message
-      epoch end ─► stop_training is true where any node says so; ctx.report_epoch
+           ─► metrics += sum of what each node added; moving statistics averaged
+                                         (in one message with the gradients where the step is Keras's own)
+           ─► time for a checkpoint?
+      epoch end ─► stop_training is true where any node says so; ctx.report_epoch; a checkpoint
            on_train_end: if a callback has changed weights on some nodes only, weights := node 0's
 
 The model stays an ordinary Keras model with ordinary variables, outside any ``tf.distribute`` scope. Only public
@@ -27,11 +31,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import itertools
 import logging
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -39,9 +44,12 @@ import numpy as np
 import tensorflow as tf
 
 from tfos_magic.errors import TfosError, UsageError
+from tfos_magic.training.accumulation import Accumulation
 from tfos_magic.training.agreement import Plan, Structure, compare_plans, compare_structures
+from tfos_magic.training.checkpointing import FitCheckpoints, seed_states
+from tfos_magic.training.exchange import Exchange, wire_dtype
 from tfos_magic.training.ring import Ring
-from tfos_magic.training.shared_step import SharedStep, Step, optimizers_of, rehearse, wire_dtype
+from tfos_magic.training.shared_step import SharedStep, Step, optimizers_of, rehearse
 
 _log = logging.getLogger(__name__)
 # A feed's length is known only at its end, and the end of an epoch is then news to Keras, not a mistake.
@@ -65,14 +73,19 @@ class KerasFit:
         Its ``is_chief``, ``report`` and ``report_epoch`` are used.
     number : int
         Which of this process's distributed models this is, from 0.
+    fit_numbers : iterator of int
+        Gives each call of ``fit`` in this process its number; all models share it.
     """
 
-    def __init__(self, model: Any, ring: Ring | None, ctx: Any, number: int = 0) -> None:
+    def __init__(
+        self, model: Any, ring: Ring | None, ctx: Any, number: int = 0, fit_numbers: Iterator[int] | None = None
+    ) -> None:
         warnings.filterwarnings("ignore", message=_END_OF_EPOCH)
         self.model = model
         self.ctx = ctx
         self.number = number
         self._ring = ring
+        self._accumulation = Accumulation(ctx.training.accumulate)
         self._fit = model.fit
         self._evaluate = model.evaluate
         self._predict = model.predict
@@ -84,6 +97,10 @@ class KerasFit:
         self._train_pending = True
         self._test_pending = True
         self._synced: dict[int, Any] = {}  # id → variable; the reference keeps the id from being used again
+        self._parted: dict[int, Any] = {}  # random seeds that are this node's own now
+        self._fit_numbers = fit_numbers or itertools.count(1)
+        self._checkpoints: FitCheckpoints | None = None
+        self._data: tuple[Any, ...] = ()
 
     def install(self) -> None:
         """Set the hooks on the model."""
@@ -94,13 +111,15 @@ class KerasFit:
         for name in ("save", "export", "save_weights"):
             if hasattr(model, name):  # oldest Keras 3: not every kind of model can be exported
                 setattr(model, name, self._told(getattr(model, name)))
-        if self._ring is None:
+        model.make_train_function = self.make_train_function
+        if self._ring is None and self._accumulation.every == 1:
             return
         model.train_step = self.train_step
-        model.test_step = self.test_step
-        model.make_train_function = self.make_train_function
-        model.make_test_function = self.make_test_function
         model.train_function = None  # made before now, they would not pass through the hooks
+        if self._ring is None:
+            return
+        model.test_step = self.test_step
+        model.make_test_function = self.make_test_function
         model.test_function = None
 
     # --- calls that Keras users make ----------------------------------------------------------------------------
@@ -112,14 +131,17 @@ class KerasFit:
         if isinstance(call.arguments.get("x"), tf.data.Dataset):
             call.arguments.setdefault("shuffle", False)  # Keras ignores it, but newer ones warn about their own default
         self._leave_files_to_chief(call)
-        callback = _FitCallback(self, int(call.arguments.get("initial_epoch") or 0))
+        call.arguments["callbacks"] = self._accumulation.with_callback(call.arguments.get("callbacks"), self.model)
+        callback = _FitCallback(self, call.arguments)
         call.arguments["callbacks"] = _with_callback(call.arguments.get("callbacks"), callback, self.model)
+        self._data = tuple(call.arguments.get(name) for name in ("x", "y", "sample_weight"))
         self._is_fitting = True
         try:
-            with self._plain_errors():
+            with self._plain_errors(), self._saved():
                 return self._fit(*call.args, **call.kwargs)
         finally:
             self._is_fitting = False
+            self._data = ()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """``model.evaluate``: each node its rows, the metrics are those of all rows."""
@@ -138,10 +160,15 @@ class KerasFit:
         return self._predict(*call.args, **call.kwargs)
 
     def make_train_function(self, force: bool = False) -> Any:
-        """Keras's own, with XLA off: it cannot compile a step that talks to other nodes."""
+        """Keras's own, with XLA off where nodes talk, for it cannot compile that; and room for checkpoints."""
         self._train_pending |= self.model.train_function is None or force
-        self._no_xla()
-        return self._make_train_function(force=force)
+        if self._ring is not None:
+            self._no_xla()
+        self._make_train_function(force=force)
+        function = self.model.train_function
+        if self.ctx.training.checkpoint_dir is not None and not isinstance(function, _Step):
+            self.model.train_function = _Step(self, function)
+        return self.model.train_function
 
     def make_test_function(self, force: bool = False) -> Any:
         """Keras's own, with XLA off."""
@@ -167,17 +194,26 @@ class KerasFit:
 
     # --- before the first step ----------------------------------------------------------------------------------
 
-    def begin_fit(self, steps: int | None, epochs: int, initial_epoch: int) -> None:
+    def begin_fit(
+        self, steps: int | None, epochs: int, initial_epoch: int, callbacks: Sequence[Any], *, spans_epochs: bool
+    ) -> None:
         """Compare the nodes' plans and give all of them node 0's weights, and the epoch it goes on with."""
+        self._synced.clear()
+        if self._checkpoints is not None:
+            build = self._build
+            found = self._checkpoints.find(epochs, build, callbacks, spans_epochs=spans_epochs)
+            if found is not None:
+                self._parted = {id(v): v for v in seed_states(self.model)}
+                self.model._initial_epoch = found
         if self._ring is None:
             return
-        self._synced.clear()
         restored = getattr(self.model, "_initial_epoch", None)
         chiefs = self._agree(
             self._plan("fit", steps, epochs=epochs, initial_epoch=initial_epoch, restored_epoch=restored)
         )
         if chiefs.restored_epoch != restored:
             self.model._initial_epoch = chiefs.restored_epoch  # not public, but all that Keras gives to its callbacks
+        self._part_seeds()
 
     def share_rates(self) -> None:
         """Take node 0's learning rates: a callback may have set them there only, or to another value here."""
@@ -242,15 +278,41 @@ class KerasFit:
             if not self.model.run_eagerly:
                 raise
             # A step that only runs eagerly: at least the weights can be made. Metrics start at zero anyway.
-            self.model(data[0] if isinstance(data, tuple) else data)
-        ring = self._require_ring()
+            self._make_weights(data)
+        if self._ring is None:
+            return
+        ring = self._ring
         with tf.init_scope():
-            mine = Structure.of(self._variables()).encode()
+            mine = Structure.of(self.shared_variables()).encode()
             structures = [Structure.decode(row) for row in ring.gather(mine, "structure")]
             compare_structures(structures, ring.plan.names)
             self._share_weights()
+            self._part_seeds()
 
-    def _variables(self) -> list[Any]:
+    def _make_weights(self, data: Any) -> None:
+        """Create weights and slots, with zeros where there is no batch yet."""
+        x = data[0] if isinstance(data, tuple) else data
+        self.model(keras.tree.map_structure(_zeros_of, x))
+        if self.model.optimizer is not None and not self.model.optimizer.built:
+            self.model.optimizer.build(self.model.trainable_variables)
+
+    def _build(self) -> None:
+        """Make every variable that training makes, before there is a batch: a checkpoint is to be put into them."""
+        if self._train_pending:
+            self._make_variables(self._train_step, _specs_of(*self._data))
+            self._train_pending = False
+
+    def _part_seeds(self) -> None:
+        """Give random layers a stream of their own on each node, also where the cell has set one seed for all."""
+        rank = self._require_ring().plan.rank
+        for variable in seed_states(self.model):
+            if rank and id(variable) not in self._parted:
+                state = np.array(variable.value)
+                state.flat[0] ^= (rank * 0x9E3779B1) & 0x7FFFFFFF
+                variable.assign(state)
+            self._parted[id(variable)] = variable
+
+    def shared_variables(self) -> list[Any]:
         """Return what must be equal on all nodes: weights and optimizer state, no random seeds, no metrics."""
         found = list(self.model.weights)
         for optimizer in optimizers_of(self.model):
@@ -260,7 +322,7 @@ class KerasFit:
     def _share_weights(self) -> None:
         """Set the variables that were not yet set in this fit to node 0's values."""
         ring = self._require_ring()
-        fresh = [v for v in self._variables() if id(v) not in self._synced]
+        fresh = [v for v in self.shared_variables() if id(v) not in self._synced]
         by_dtype: dict[Any, list[Any]] = {}
         for variable in fresh:
             by_dtype.setdefault(wire_dtype(variable.dtype), []).append(variable)
@@ -281,7 +343,8 @@ class KerasFit:
 
     def _shared_step(self, data: Any, kind: str) -> SharedStep:
         name = f" (model {self.number})" if self.number else ""
-        return SharedStep(self.model, self._require_ring(), data, kind, name)
+        exchange = Exchange(self._ring, name, self.ctx.training.wire_dtype)
+        return SharedStep(self.model, exchange, data, kind, self._accumulation)
 
     def _require_ring(self) -> Ring:
         if self._ring is None:
@@ -343,6 +406,30 @@ class KerasFit:
         )
 
     @contextlib.contextmanager
+    def _saved(self) -> Iterator[None]:
+        """Let a fit be saved as it goes on, where the run has a directory for that."""
+        if self.ctx.training.checkpoint_dir is None:
+            yield
+            return
+        number = next(self._fit_numbers)
+        self._checkpoints = FitCheckpoints(self.model, self._ring, self.ctx, number, self.shared_variables)
+        try:
+            yield
+        finally:
+            self._checkpoints.close()
+            self._checkpoints = None
+            self.model._initial_epoch = None  # Keras keeps it for the next fit
+
+    def run_step(self, function: Callable[[Any], Any], iterator: Any) -> Any:
+        """Run Keras's train function once, or what a resumed fit does in its place."""
+        return function(iterator) if self._checkpoints is None else self._checkpoints.step(function, iterator)
+
+    @property
+    def checkpoints(self) -> FitCheckpoints | None:
+        """Of the fit that goes on, where the run has a directory for them."""
+        return self._checkpoints
+
+    @contextlib.contextmanager
     def _plain_errors(self) -> Iterator[None]:
         """Raise our own error in place of TensorFlow's report of it."""
         try:
@@ -356,6 +443,17 @@ class KerasFit:
             raise failure from None
 
 
+class _Step:
+    """Keras's train function, with its owner's say in each call."""
+
+    def __init__(self, owner: KerasFit, function: Callable[[Any], Any]) -> None:
+        self._owner = owner
+        self._function = function
+
+    def __call__(self, iterator: Any) -> Any:
+        return self._owner.run_step(self._function, iterator)
+
+
 # --- callbacks ------------------------------------------------------------------------------------------------
 
 
@@ -365,19 +463,31 @@ class _FitCallback(keras.callbacks.Callback):  # type: ignore[misc]  # Keras pub
     async_safe = True
     """Newer Keras may call batch ends from another thread; nothing here minds."""
 
-    def __init__(self, owner: KerasFit, initial_epoch: int = 0) -> None:
+    def __init__(self, owner: KerasFit, arguments: Mapping[str, Any]) -> None:
         super().__init__()
         self._owner = owner
-        self._initial_epoch = initial_epoch
+        self._arguments = dict(arguments)
         self._next_report = 0.0
         self._steps_done = 0
         self._batches_seen = 0
+        self._epochs = 1
 
     def on_train_begin(self, logs: Any = None) -> None:
         params = self.params or {}
-        self._owner.begin_fit(params.get("steps"), int(params.get("epochs") or 1), self._initial_epoch)
+        given = self._arguments.get("callbacks")
+        others = given.callbacks if isinstance(given, keras.callbacks.CallbackList) else keras.tree.flatten(given or [])
+        self._epochs = int(params.get("epochs") or 1)
+        self._owner.begin_fit(
+            params.get("steps"),
+            self._epochs,
+            int(self._arguments.get("initial_epoch") or 0),
+            [callback for callback in others if callback is not self],
+            spans_epochs=self._arguments.get("steps_per_epoch") is not None,
+        )
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        if self._owner.checkpoints is not None:
+            self._owner.checkpoints.begin_epoch(epoch)
         self._owner.share_rates()
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
@@ -394,9 +504,13 @@ class _FitCallback(keras.callbacks.Callback):  # type: ignore[misc]  # Keras pub
             self._owner.ctx.report(step=self._steps_done, loss=float(logs["loss"]))
         self._owner.ctx.report_epoch(epoch + 1, _numbers(logs or {}))
         self._owner.end_epoch()
+        if self._owner.checkpoints is not None:
+            self._owner.checkpoints.end_epoch(epoch, logs, is_stopping=self._owner.model.stop_training)
 
     def on_train_end(self, logs: Any = None) -> None:
         self._owner.end_fit()
+        if self._owner.checkpoints is not None:
+            self._owner.checkpoints.end(self._epochs)
 
 
 def _with_callback(callbacks: Any, callback: Any, model: Any) -> Any:
@@ -436,3 +550,34 @@ def _count_steps(arguments: dict[str, Any]) -> int | None:
     if isinstance(first, (np.ndarray, tf.Tensor)):
         return -(-int(first.shape[0]) // int(arguments.get("batch_size") or 32))
     return x.num_batches if isinstance(x, keras.utils.PyDataset) else None
+
+
+def _zeros_of(value: Any) -> Any:
+    if not isinstance(value, tf.TensorSpec):
+        return value
+    return tf.zeros([1, *(size or 1 for size in value.shape[1:])], value.dtype)
+
+
+def _specs_of(x: Any, y: Any, sample_weight: Any) -> Any:
+    """Return what a batch of a ``fit`` call's data is, as tensor specs.
+
+    Raises
+    ------
+    UsageError
+        Only a batch itself could tell.
+    """
+    if isinstance(x, tf.data.Dataset):
+        return x.element_spec
+    if x is None or any(isinstance(each, keras.utils.PyDataset) or inspect.isgenerator(each) for each in (x,)):
+        raise UsageError(
+            f"A fit on a {type(x).__name__} cannot be resumed: its batches say only when they come what they are.",
+            hint="Give fit ctx.dataset(…), a tf.data.Dataset or arrays.",
+        )
+
+    def spec(values: Any) -> tf.TensorSpec:
+        array = values if hasattr(values, "dtype") and hasattr(values, "shape") else np.asarray(values)
+        dtype = tf.as_dtype(array.dtype)
+        return tf.TensorSpec((None, *array.shape[1:]), keras.backend.floatx() if dtype.is_floating else dtype)
+
+    packed = keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
+    return keras.tree.map_structure(spec, packed)

@@ -30,6 +30,7 @@ import socket
 import struct
 import time
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,6 +43,8 @@ from tfos_magic.errors import RendezvousError, StalledError, TfosError
 Array = npt.NDArray[Any]
 
 _HEADER = struct.Struct("<QQ8s64s")  # sequence number, elements, dtype, label
+_SEGMENT = 1 << 16
+"""Elements that are received, then added while they are still in the processor's cache."""
 _NONCE_BYTES = 16
 _PROOF_BYTES = 32
 _RANK = struct.Struct("<I")
@@ -175,18 +178,41 @@ class Ring:
         StalledError
             A neighbour is at another place of the program.
         """
-        if self.failure is not None:
-            raise self.failure
-        try:
-            return self._all_reduce(np.array(values, copy=True, order="C"), label)
-        except TfosError as error:
-            self.failure = error
-            self.close()
-            raise
-        except OSError as error:
-            self.failure = self._lost(self.plan.neighbour(-1), label, error)
-            self.close()
-            raise self.failure from error
+        total = np.array(values, copy=True, order="C")
+        with self._failing(label):
+            self._all_reduce(total, label)
+        return total
+
+    def average(
+        self, values: Array, weight: float, label: str, *, averaged: int | None = None, wire: Any = None
+    ) -> float:
+        """Put the weighted mean over all nodes into `values`; every node gets the same bits.
+
+        Parameters
+        ----------
+        values : array of floats, one-dimensional, contiguous
+            This node's numbers times its weight.
+        weight : float
+        label : str, at most 64 bytes of ASCII
+        averaged : int, optional
+            How many of the first numbers are divided by the sum of weights, where that is not zero; the others are
+            summed only. All when left away.
+        wire : dtype, optional
+            What the numbers are while they travel, say bfloat16. Sums are taken in the array's own dtype, and rounded
+            once per hop.
+
+        Returns
+        -------
+        float
+            The sum of the weights.
+
+        Raises
+        ------
+        PeerLostError, StalledError
+            As in :meth:`all_reduce`.
+        """
+        with self._failing(label), np.errstate(invalid="ignore", over="ignore"):
+            return self._all_reduce(values, label, weight, values.size if averaged is None else averaged, wire)
 
     def gather(self, values: Array, label: str) -> Array:
         """Return every node's `values` as rows of one array, in ring order."""
@@ -203,39 +229,73 @@ class Ring:
         # Sums with zeros: twice what passing the parts around would move, and one algorithm less.
         return self.all_reduce(joined.reshape(-1), label).reshape(joined.shape)
 
-    def _all_reduce(self, total: Array, label: str) -> Array:
+    @contextlib.contextmanager
+    def _failing(self, label: str) -> Iterator[None]:
+        """Remember the first failure, and end the ring with it."""
+        if self.failure is not None:
+            raise self.failure
+        try:
+            yield
+        except TfosError as error:
+            self.failure = error
+            self.close()
+            raise
+        except OSError as error:
+            self.failure = self._lost(self.plan.neighbour(-1), label, error)
+            self.close()
+            raise self.failure from error
+
+    def _all_reduce(
+        self, total: Array, label: str, weight: float = 0.0, averaged: int = 0, wire: np.dtype[Any] | None = None
+    ) -> float:
         size, rank = self.plan.size, self.plan.rank
         bounds = np.linspace(0, total.size, size + 1).astype(int)
         chunks = [total[bounds[i] : bounds[i + 1]] for i in range(size)]
-        spare = np.empty(int(np.diff(bounds).max(initial=0)), total.dtype)
-        self._announce(total, label)
+        weights = np.full(size, weight, np.float64)  # of those whose numbers are in the chunk
+        self._announce(total, label, wire)
         for step in range(size - 1):
-            self._send(chunks[(rank - step) % size])
-            mine = chunks[(rank - step - 1) % size]
+            sent, mine = (rank - step) % size, (rank - step - 1) % size
+            self._send(weights[sent : sent + 1], chunks[sent] if wire is None else chunks[sent].astype(wire))
             if step == 0:
-                self._check_announcement(total, label)
-            self._receive(spare[: mine.size])
-            np.add(mine, spare[: mine.size], out=mine)
-        for step in range(size - 1):
-            self._send(chunks[(rank - step + 1) % size])
-            self._receive(chunks[(rank - step) % size])
+                self._check_announcement(total, label, wire)
+            self._add(weights[mine : mine + 1])
+            self._add(chunks[mine], wire)
+        own = (rank + 1) % size
+        share = chunks[own][: max(0, averaged - int(bounds[own]))]
+        if weights[own] and share.size:
+            np.divide(share, share.dtype.type(weights[own]), out=share)
+        self._pass_around(chunks, own, wire)
+        return float(weights[own])
+
+    def _pass_around(self, chunks: list[Array], own: int, wire: np.dtype[Any] | None) -> None:
+        """Give the chunk that is summed here to all, and get theirs; all nodes take the bits that have travelled."""
+        travelling = chunks if wire is None else [np.empty(chunk.size, wire) for chunk in chunks]
+        if wire is not None:
+            travelling[own][...] = chunks[own]
+        for step in range(self.plan.size - 1):
+            self._send(travelling[(own - step) % self.plan.size])
+            self._receive(travelling[(own - step - 1) % self.plan.size])
         self._flush()
-        return total
+        if wire is not None:
+            for chunk, bits in zip(chunks, travelling, strict=True):
+                chunk[...] = bits
 
     # --- messages ---------------------------------------------------------------------------------------------
 
-    def _announce(self, values: Array, label: str) -> None:
+    def _announce(self, values: Array, label: str, wire: np.dtype[Any] | None) -> None:
         self._sequence += 1
         self._label = label
-        header = _HEADER.pack(self._sequence, values.size, values.dtype.str.encode(), label.encode("ascii", "replace"))
+        dtype = (wire or values.dtype).str
+        header = _HEADER.pack(self._sequence, values.size, dtype.encode(), label.encode("ascii", "replace"))
         self._outgoing.append(memoryview(header))
 
-    def _check_announcement(self, values: Array, label: str) -> None:
+    def _check_announcement(self, values: Array, label: str, wire: np.dtype[Any] | None) -> None:
         header = np.empty(_HEADER.size, np.uint8)
         self._receive(header)
         sequence, count, dtype, raw_label = _HEADER.unpack(header.tobytes())
         theirs = raw_label.rstrip(b"\0").decode("ascii", "replace")
-        same = (sequence, count, dtype.rstrip(b"\0").decode()) == (self._sequence, values.size, values.dtype.str)
+        expected = (self._sequence, values.size, (wire or values.dtype).str)
+        same = (sequence, count, dtype.rstrip(b"\0").decode()) == expected
         if theirs != label or not same:
             raise self._disagree(label, values.size, theirs, count)
 
@@ -250,30 +310,29 @@ class Ring:
             "or on the chief use a copy: keras.models.clone_model(model) with model.get_weights().",
         )
 
-    def _send(self, values: Array) -> None:
-        if values.size:
-            self._outgoing.append(memoryview(values.data).cast("B"))
+    def _send(self, *arrays: Array) -> None:
+        self._outgoing += [_bytes_of(values) for values in arrays if values.size]
         self._push()
 
     def _push(self) -> None:
         """Send as much as the connection takes now."""
         while self._outgoing:
-            view = self._outgoing[0]
             try:
-                sent = self._next.send(view)
+                sent = self._next.sendmsg(list(self._outgoing))  # one call for header, weight and numbers
             except BlockingIOError:
                 return
             except OSError as error:
                 raise self._lost(self.plan.neighbour(1), self._label, error) from error
             self.bytes_sent += sent
-            if sent == len(view):
-                self._outgoing.popleft()
-            else:
-                self._outgoing[0] = view[sent:]
+            while sent:
+                view = self._outgoing.popleft()
+                if sent < len(view):
+                    self._outgoing.appendleft(view[sent:])
+                sent -= min(sent, len(view))
 
     def _receive(self, values: Array) -> None:
         """Fill `values` from the previous node, sending on meanwhile."""
-        view = memoryview(values.data).cast("B") if values.size else memoryview(b"")
+        view = _bytes_of(values)
         while len(view):
             self._push()
             try:
@@ -284,6 +343,15 @@ class Ring:
             if count == 0:
                 raise self._lost(self.plan.neighbour(-1), self._label)
             view = view[count:]
+
+    def _add(self, mine: Array, wire: np.dtype[Any] | None = None) -> None:
+        """Add what the previous node sends."""
+        spare = np.empty(min(mine.size, _SEGMENT), wire or mine.dtype)
+        for start in range(0, mine.size, _SEGMENT):
+            part = mine[start : start + _SEGMENT]
+            theirs = spare[: part.size]
+            self._receive(theirs)
+            np.add(part, theirs, out=part)
 
     def _flush(self) -> None:
         self._push()
@@ -311,6 +379,10 @@ class Ring:
             hint="Look at that node's own error first. If it has none: every node must make the same calls "
             "of fit and evaluate, not only the chief.",
         )
+
+
+def _bytes_of(values: Array) -> memoryview:
+    return memoryview(values.view(np.uint8).data) if values.size else memoryview(b"")
 
 
 # --- meeting --------------------------------------------------------------------------------------------------

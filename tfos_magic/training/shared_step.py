@@ -5,8 +5,9 @@ Runs on: executors.
     batch of 0 … B rows ─► the model's step ─► gradients ─► exchange ─► optimizer
                                             └► metrics, moving statistics ─► exchange ─► logs
 
-Each exchange is one call out of the graph to the ring. Everything a node contributes is weighted with its rows, and
-left out when it has none; divided by all rows, it is what one machine computes from the whole batch.
+Each exchange is one call out of the graph to the ring. In Keras's own step the two are one: nothing that comes after
+the optimizer depends on the new weights. Everything a node contributes is weighted with its rows, and left out when it
+has none; divided by all rows, it is what one machine computes from the whole batch.
 """
 
 from __future__ import annotations
@@ -14,14 +15,16 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import keras
 import tensorflow as tf
 
 from tfos_magic.errors import UsageError
+from tfos_magic.training.accumulation import Accumulation
 from tfos_magic.training.batch_norm import shared_moments, synchronised_layers
-from tfos_magic.training.ring import Ring
+from tfos_magic.training.exchange import Exchange, is_slices, when, wire_dtype
 
 Tensor = Any  # tf.Tensor has no published types
 Step = Callable[[Any], Any]
@@ -33,28 +36,41 @@ class SharedStep:
     Parameters
     ----------
     model : keras.Model
-    ring : Ring
+    exchange : Exchange
+        Without a ring, only `accumulation` has an effect.
     data : nested tensors
         This node's batch, of any number of rows.
     kind : {"train", "test"}
-    name : str
-        Put behind the names of the exchanges.
+    accumulation : Accumulation, optional
+        Where several batches make an update.
     """
 
-    def __init__(self, model: Any, ring: Ring, data: Any, kind: str, name: str = "") -> None:
+    def __init__(
+        self, model: Any, exchange: Exchange, data: Any, kind: str, accumulation: Accumulation | None = None
+    ) -> None:
         self._model = model
-        self._ring = ring
-        self._name = name
+        self._exchange = exchange
+        self._accumulation = accumulation if accumulation is not None and accumulation.every > 1 else None
         self._kind = kind
         self._data = data
         self._rows = _row_count(data)
         self._applied = 0
+        self._is_due: Tensor = None
+        self._is_plain = False
+        self._waiting: _Update | None = None
         self._assigned: dict[int, Any] = {}
         self._results: dict[int, tuple[Any, Callable[[], Any], int]] = {}
         self._scalar_means: dict[int, Any] = {}
 
     def run(self, step: Step) -> Any:
         """Return what `step` returns, as of the whole batch."""
+        if self._accumulation is not None and self._kind == "train":
+            self._is_due = self._accumulation.count_batch(self._exchange)
+        if self._exchange.ring is None:
+            with contextlib.ExitStack() as undo:
+                self._intercept(undo, [], [])
+                return step(self._data)
+        self._is_plain = self._is_due is None and _is_keras_own(self._model, step)
         metrics = unique(self._model.metrics)
         counters = unique([v for metric in metrics for v in metric.variables if wire_dtype(v.dtype)])
         statistics = [v for v in self._model.non_trainable_weights if _is_float(v)] if self._kind == "train" else []
@@ -75,6 +91,8 @@ class SharedStep:
                 undo.enter_context(_replaced(optimizer, "apply", functools.partial(self._apply, optimizer.apply)))
         for variable in statistics:
             undo.enter_context(_replaced(variable, "assign", functools.partial(self._note_assign, variable)))
+        if self._exchange.ring is None:
+            return
         for layer in synchronised_layers(self._model):  # `_moments` is private: Keras 3.3 to 3.15 have it
             moments = functools.partial(shared_moments, self._gather, self._rows, layer)
             undo.enter_context(_replaced(layer, "_moments", moments))
@@ -101,47 +119,42 @@ class SharedStep:
 
     def _apply(self, apply: Callable[..., Any], grads: Any, trainable_variables: Any = None) -> Any:
         """``optimizer.apply`` with the gradients of the whole batch; left out when no node has a row."""
-        grads = list(grads)
         variables = None if trainable_variables is None else list(trainable_variables)
-        label = f"gradients {self._applied}" if self._applied else "gradients"
+        number = self._applied
         self._applied += 1
-        dense = [tf.convert_to_tensor(g) for g in grads if g is not None and not _is_slices(g)]
-        slices = [g for g in grads if _is_slices(g)]
-        shared, _, total = self._exchange(dense, [], label)
-        means = iter([tf.cast(mean, g.dtype) for mean, g in zip(shared, dense, strict=True)])
-        rows = iter([self._join_slices(g, total, f"{label}: slices") for g in slices])
-        averaged = [None if g is None else next(rows if _is_slices(g) else means) for g in grads]
-        return self._where_rows(total, lambda: apply(averaged, variables))
+        grads = [None if g is None else g if is_slices(g) else tf.convert_to_tensor(g) for g in grads]
+        update = _Update(grads, lambda means: apply(means, variables), f"gradients {number}" if number else "gradients")
+        if self._accumulation is not None:
+            # `_trainable_variables` is private: what Keras 3.3 to 3.15 take when they are given none.
+            known = apply.__self__._trainable_variables if variables is None else variables  # type: ignore[attr-defined]
+            shapes = [variable.shape for variable in known]
+            self._accumulation.add(number, grads, shapes, self._rows, self._is_due, self._exchange, update.apply)
+            return None
+        if self._is_plain:
+            self._waiting = update  # nothing but metrics comes after it: they travel together
+            return None
+        means, _, _, total = self._exchange.average(update.dense, self._rows, update.label)
+        return self._finish(update, means, total)
+
+    def _finish(self, update: _Update, means: list[Tensor], total: Tensor) -> Any:
+        """Apply the averaged gradients, the slices joined."""
+        rest = iter(means)
+        averaged = [
+            None if g is None else self._join_slices(g, total, update.label) if is_slices(g) else next(rest)
+            for g in update.gradients
+        ]
+        return when(True if self._surely_has_rows else total > 0, lambda: update.apply(averaged))
 
     def _join_slices(self, gradient: Any, total: Tensor, label: str) -> Any:
-        """Return the slices of all nodes one after the other, as the whole batch has them.
-
-        Not as a dense sum: Keras's Adam squares each occurrence of a row by itself, so that the result would differ.
-        """
         values = tf.cast(gradient.values, wire_dtype(gradient.values.dtype))
         values *= tf.cast(self._rows, values.dtype)
         indices = tf.cast(gradient.indices, tf.int64)
         if not self._surely_has_rows:
             count = tf.where(tf.convert_to_tensor(self._rows) > 0, tf.shape(indices)[0], 0)
             values, indices = values[:count], indices[:count]
-        joined, where = self._on_host(lambda *a: [self._ring.concatenate(x, label) for x in a], [values, indices])
-        joined = tf.ensure_shape(joined, [None, *gradient.values.shape[1:]])
-        where = tf.ensure_shape(where, [None])
-        joined = tf.cast(_over(joined, tf.maximum(total, 1.0)), gradient.values.dtype)
+        joined, where = self._exchange.join(values, indices, total, label)
+        joined = tf.cast(joined, gradient.values.dtype)
         return tf.IndexedSlices(joined, tf.cast(where, gradient.indices.dtype), gradient.dense_shape)
-
-    def _where_rows(self, total: Tensor, action: Callable[[], Any]) -> Any:
-        if self._surely_has_rows:
-            return action()
-        if tf.executing_eagerly():
-            return action() if float(total) > 0 else None
-
-        def act() -> Tensor:
-            action()
-            return tf.constant(True)
-
-        tf.cond(total > 0, act, lambda: tf.constant(False))
-        return None
 
     # --- after the step -----------------------------------------------------------------------------------------
 
@@ -153,11 +166,16 @@ class SharedStep:
         leaves = tf.nest.flatten(logs)
         loose = [x for x in leaves if id(x) not in self._results and _is_float_tensor(x)]
         deltas = {id(v): _read(v) - before[id(v)] for v in counters}
-        shared, sums, total = self._exchange(
-            [*(deltas[id(v)] for v in averaged), *map(_read, moved), *loose],
-            [deltas[id(v)] for v in added],
-            f"{self._kind} metrics",
+        waiting = self._waiting
+        gradients, shared, sums, total = self._exchange.average(
+            [] if waiting is None else waiting.dense,
+            self._rows,
+            f"{self._kind} metrics" if waiting is None else "gradients and metrics",
+            weighted=[*(deltas[id(v)] for v in averaged), *map(_read, moved), *loose],
+            plain=[deltas[id(v)] for v in added],
         )
+        if waiting is not None:
+            self._finish(waiting, gradients, total)
         means = iter(shared)
         for variable, change in [*zip(averaged, means, strict=False), *zip(added, sums, strict=True)]:
             variable.assign(before[id(variable)] + tf.cast(change, variable.dtype))
@@ -178,76 +196,45 @@ class SharedStep:
     def _surely_has_rows(self) -> bool:
         return isinstance(self._rows, int) and self._rows > 0
 
-    def _exchange(
-        self, weighted: list[Tensor], plain: list[Tensor], label: str
-    ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """Add up over all nodes, in one message per dtype; an empty batch, whose means are NaN, adds nothing.
-
-        Parameters
-        ----------
-        weighted, plain : list of tensors
-        label : str
-            What this is, for the ring.
-
-        Returns
-        -------
-        means : list of tensors
-            Of `weighted`, each node's value with its rows as the weight.
-        sums : list of tensors
-            Of `plain`.
-        total : tensor
-            The rows of all nodes, a scalar float32.
-        """
-        rows = tf.cast(self._rows, tf.float32)
-        first, second = _pack(weighted), _pack(plain)
-        third = {tf.float32: rows[None]}
-        dtypes = list(dict.fromkeys([*first, *second, *third]))
-        parts = [[first[d] * tf.cast(rows, d)] if d in first else [] for d in dtypes]
-        for dtype, mine in zip(dtypes, parts, strict=True):
-            mine += [group[dtype] for group in (second, third) if dtype in group]
-        messages = [tf.concat(mine, 0) for mine in parts]
-        if not self._surely_has_rows:
-            messages = [tf.where(rows > 0, message, tf.zeros_like(message)) for message in messages]
-        label += self._name
-        sums = self._on_host(lambda *arrays: [self._ring.all_reduce(a, label) for a in arrays], messages)
-        sums = [tf.ensure_shape(total, [None]) for total in sums]
-        split = {
-            dtype: iter(tf.split(total, [_size(part) for part in mine]))
-            for dtype, total, mine in zip(dtypes, sums, parts, strict=True)
-        }
-        means = {dtype: next(split[dtype]) for dtype in first}
-        added = {dtype: next(split[dtype]) for dtype in second}
-        total = next(split[tf.float32])[0]
-        means = {dtype: _over(mean, tf.maximum(total, 1.0)) for dtype, mean in means.items()}
-        return _unpack(means, weighted), _unpack(added, plain), total
-
     def _gather(self, row: Tensor) -> Tensor:
         """Return the vectors of all nodes as rows of a matrix; its gradient is that of the loss of the whole batch."""
-        ring, label = self._ring, f"batch normalisation{self._name}"
+        ring, label = self._exchange.ring, f"batch normalisation{self._exchange.name}"
+        assert ring is not None  # a single node needs none of this
         rows = tf.cast(self._rows, row.dtype)
 
         @tf.custom_gradient  # type: ignore[untyped-decorator]
         def gather(mine: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
             def gradient(upstream: Tensor) -> Tensor:
                 # Each node's loss depends on this node's row. Weighted as gradients are later, and the own weight out.
-                (total,) = self._on_host(
+                (total,) = self._exchange.call(
                     lambda a: [ring.all_reduce(a.ravel(), f"{label}: gradients")], [upstream * rows]
                 )
                 total = tf.reshape(total, [ring.plan.size, mine.shape[0]])
                 return total[ring.plan.rank] / tf.maximum(rows, 1.0)
 
-            (table,) = self._on_host(lambda a: [ring.gather(a, label)], [mine])
+            (table,) = self._exchange.call(lambda a: [ring.gather(a, label)], [mine])
             return tf.ensure_shape(table, [ring.plan.size, mine.shape[0]]), gradient
 
         return gather(row)
 
-    @staticmethod
-    def _on_host(function: Callable[..., list[Any]], tensors: list[Tensor]) -> list[Tensor]:
-        """Call `function` with arrays, now or when the graph runs; its results have the tensors' dtypes."""
-        if tf.executing_eagerly():
-            return [tf.convert_to_tensor(result) for result in function(*(t.numpy() for t in tensors))]
-        with tf.device("CPU:0"):
-            return list(tf.nest.flatten(tf.numpy_function(function, tensors, [t.dtype for t in tensors])))
+
+@dataclass(frozen=True)
+class _Update:
+    """What one call of an optimizer's ``apply`` was given."""
+
+    gradients: list[Any]
+    apply: Callable[[list[Any]], Any]
+    label: str
+
+    @property
+    def dense(self) -> list[Tensor]:
+        return [g for g in self.gradients if g is not None and not is_slices(g)]
+
+
+def _is_keras_own(model: Any, step: Step) -> bool:
+    """Tell whether after ``optimizer.apply`` the step does nothing but update metrics: Keras's own, not overridden."""
+    compute_metrics = getattr(model.compute_metrics, "__func__", None)
+    return getattr(step, "__func__", None) is keras.Model.train_step and compute_metrics is keras.Model.compute_metrics
 
 
 @contextlib.contextmanager
@@ -293,7 +280,7 @@ def rehearse(step: Step, data: Any) -> None:
 
     # Not under tf.init_scope, which stops gradient tapes; a trace needs no scope, it adds nothing to a graph around it.
     tf.function(replay, autograph=False).get_concrete_function(
-        *(tf.type_spec_from_value(t) for t in flat if t is not None)
+        *(t if isinstance(t, tf.TypeSpec) else tf.type_spec_from_value(t) for t in flat if t is not None)
     )
 
 
@@ -338,51 +325,9 @@ def _never_empty(data: Any, rows: int | Tensor) -> Any:
     return tf.nest.pack_sequence_as(data, result)
 
 
-def _pack(values: list[Tensor]) -> dict[Any, Tensor]:
-    """Return per dtype on the wire one flat tensor."""
-    groups: dict[Any, list[Tensor]] = {}
-    for value in values:
-        dtype = wire_dtype(value.dtype)
-        groups.setdefault(dtype, []).append(tf.reshape(tf.cast(value, dtype), [-1]))
-    return {dtype: tf.concat(flats, 0) for dtype, flats in groups.items()}
-
-
-def _unpack(flats: dict[Any, Tensor], values: list[Tensor]) -> list[Tensor]:
-    """Inverse of :func:`_pack`: the parts of `flats` in the shapes of `values`."""
-    parts = {}
-    for dtype, flat in flats.items():
-        parts[dtype] = iter(tf.split(flat, [_size(v) for v in values if wire_dtype(v.dtype) == dtype]))
-    return [
-        tf.reshape(next(parts[wire_dtype(v.dtype)]), v.shape if v.shape.is_fully_defined() else tf.shape(v))
-        for v in values
-    ]
-
-
-def _over(value: Tensor, divisor: Tensor) -> Tensor:
-    return value / tf.cast(divisor, value.dtype)
-
-
-def _is_slices(gradient: Any) -> bool:
-    return isinstance(gradient, tf.IndexedSlices)
-
-
-def _size(value: Tensor) -> Any:
-    return value.shape.num_elements() if value.shape.is_fully_defined() else tf.size(value)
-
-
 def _is_float(variable: Any) -> bool:
     return bool(tf.as_dtype(variable.dtype).is_floating)
 
 
 def _is_float_tensor(value: Any) -> bool:
     return tf.is_tensor(value) and bool(value.dtype.is_floating)
-
-
-def wire_dtype(dtype: Any) -> Any:
-    """Return the dtype that travels in place of `dtype`, None where sums make no sense."""
-    dtype = tf.as_dtype(dtype)
-    if dtype == tf.float64:
-        return dtype
-    if dtype.is_floating:
-        return tf.float32
-    return tf.int64 if dtype.is_integer or dtype.is_bool else None

@@ -5,16 +5,28 @@ Runs on: executors.
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from tfos_magic.errors import UsageError
 
 _servers: list[Any] = []  # they live as long as the process
+_KERAS_LOOPS = ("fit", "evaluate", "train_on_batch", "test_on_batch")  # predict runs
 
 
 def make_strategy(ctx: Any) -> Any:
     """Return a new strategy for this node; see :func:`tfos_magic.training.strategy`."""
+    strategy = _make(ctx)
+    if ctx.cluster_spec.get("ps"):
+        _refuse_keras_loops(strategy, "a ParameterServerStrategy")
+    elif ctx.num_nodes > 1:
+        _refuse_keras_loops(strategy, "a MultiWorkerMirroredStrategy of several nodes")
+    return strategy
+
+
+def _make(ctx: Any) -> Any:
     import tensorflow as tf
 
     if ctx.cluster_spec.get("ps"):
@@ -53,6 +65,35 @@ def _parameter_server_strategy(ctx: Any) -> Any:
             "function of (args, ctx): then they serve by themselves. It takes a chief (no --no-chief).",
         )
     return tf.distribute.ParameterServerStrategy(tf.distribute.cluster_resolver.TFConfigClusterResolver())
+
+
+def _refuse_keras_loops(strategy: Any, kind: str) -> None:
+    """Let Keras 3's own loops refuse models of `strategy` in words, in this process: they would fail in TensorFlow's.
+
+    Keras 3.3 to 3.15 reduces the scalar loss of a strategy of several workers over an axis that it has not, and knows
+    nothing of parameter servers. tf_keras's loops run, and are left alone. The process is this run's own.
+    """
+    import keras
+
+    trainer = next(kind for kind in keras.Model.__mro__ if "fit" in vars(kind))
+    for name in _KERAS_LOOPS:
+        setattr(trainer, name, _refusing(vars(trainer)[name], strategy, kind))
+
+
+def _refusing(loop: Callable[..., Any], strategy: Any, kind: str) -> Callable[..., Any]:
+    @functools.wraps(loop)
+    def refuse_or_run(model: Any, *args: Any, **kwargs: Any) -> Any:
+        if model.distribute_strategy is not strategy:
+            return loop(model, *args, **kwargs)
+        raise UsageError(
+            f"Keras 3's model.{loop.__name__} does not run under {kind}.",
+            cause="The model was made, or is used, in the strategy's scope: there it works in loops of your own only.",
+            hint="For fit on all nodes: no ctx.strategy(), no --ps, but ctx.distribute(model) before model.fit. Else a "
+            "loop of your own: see help(tfos_magic.training.strategy). A copy made outside the scope can be "
+            "evaluated: keras.models.clone_model(model), then set_weights and compile.",
+        )
+
+    return refuse_or_run
 
 
 def serve(ctx: Any) -> NoReturn:

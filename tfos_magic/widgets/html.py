@@ -94,7 +94,7 @@ def render_html(view: BoardView, logs: Mapping[str, Sequence[str]] | None = None
         One ``<div>``; everything that came from users or nodes is escaped.
     """
     shown, rest = words.split(view)
-    caption = _caption(view) + _progress(view)
+    caption = _caption(view) + _restarts(view) + _progress(view)
     parts = [_ROOT, _board(shown, view, caption=caption) if shown else f"<div>{caption}</div>"]
     if rest:
         parts.append(_rest(rest, view, live))
@@ -123,6 +123,11 @@ def _caption(view: BoardView) -> str:
     told = [f"<b>{escape(words.outcome(view))}</b>"] if view.outcome else []
     told += [escape(fact) for fact in facts]
     return f"{_mark(mark, colour)} <b>{escape(title)}</b> &nbsp; {' · '.join(told)}"
+
+
+def _restarts(view: BoardView) -> str:
+    told = words.restarts(view)
+    return f"<br>{_mark('↻', _AMBER)} {escape(told)}" if told else ""
 
 
 def _mark(mark: str, colour: str, style: str = "") -> str:
@@ -264,7 +269,7 @@ def _gpu(node: NodeView) -> str:
 
 
 def _said(node: NodeView) -> str:
-    """Return the second line: step and last metrics, then the last line that the node wrote, or why it failed."""
+    """Return the second line: its point of a grid, step and last metrics, then its last line, or why it failed."""
     known = list(node.metrics.items())
     told = [f"step {node.step:,}"] if node.step is not None else []
     told += [f"{escape(name)} {escape(words.number(value))}" for name, value in known[:_METRICS_SHOWN]]
@@ -274,7 +279,8 @@ def _said(node: NodeView) -> str:
     line = words.last_words(node)
     full = f' title="{escape(line)}"' if len(line) > 100 else ""
     output = f"<span{full}>{escape(line[:200])}</span>" if line else ""
-    return " &nbsp;│&nbsp; ".join(part for part in (metrics, output) if part)
+    point = f"<b>{escape(node.point)}</b>" if node.point else ""
+    return " &nbsp;│&nbsp; ".join(part for part in (point, metrics, output) if part)
 
 
 def _rest(rest: Sequence[tuple[int, NodeView]], view: BoardView, live: bool) -> str:

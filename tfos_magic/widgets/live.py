@@ -141,6 +141,8 @@ def _changes(before: BoardView, now: BoardView) -> list[str]:
     lines = []
     if now.phase and now.phase != before.phase:
         lines.append(now.phase)
+    if len(now.restarts) > len(before.restarts):
+        lines.append(words.restarts(now))
     lines += _state_changes(before, now)
     if now.epoch is not None and now.epoch != before.epoch:
         lines.append(_epoch_line(now, now.epoch))

@@ -39,7 +39,7 @@ def render_text(view: BoardView, *, width: int = 120) -> str:
     title, facts = words.headline(view)
     heading = [" · ".join([title, *filter(None, [words.outcome(view)]), *facts])]
     remark = words.bottleneck(view)
-    lines = [*heading, *_progress(view), *([remark] if remark else [])]
+    lines = [*heading, *filter(None, [words.restarts(view)]), *_progress(view), *([remark] if remark else [])]
     if view.outcome and view.message:
         lines += view.message.strip().split("\n")[:20]
     shown, rest = words.split(view)
@@ -89,7 +89,7 @@ def _table(pairs: Sequence[tuple[int, NodeView]], view: BoardView, width: int) -
             words.MARKS[words.look(node, view)] + " " + "  ".join(_pad(row[n], sizes[n], n in _LEFT) for n in names)
         )
         heat = words.gpu_heat(node.machine.gpus) if "GPU" in names else ""
-        said = "  │  ".join(part for part in (heat, words.metrics(node), words.last_words(node)) if part)
+        said = "  │  ".join(part for part in (node.point, heat, words.metrics(node), words.last_words(node)) if part)
         if said:
             lines.append(" " * (4 + sizes["node"]) + said)
     return lines

@@ -344,6 +344,22 @@ def _roughly(seconds: float) -> str:
     return f"{round(seconds / 60)} min" if seconds < 3570 else f"{seconds / 3600:.1f} h"
 
 
+def checkpoint(view: BoardView) -> str:
+    """Return e.g. ``saved up to epoch 3, step 120 (12 MiB)``; empty where nothing is saved."""
+    last = view.checkpoint
+    return "" if last is None else f"saved up to {last.where} ({size(last.size_bytes)})"
+
+
+def restarts(view: BoardView) -> str:
+    """Return e.g. ``attempt 2, after 40 s: worker:0 on h was killed by …``; empty where the first one goes on."""
+    if not view.restarts:
+        return ""
+    last = view.restarts[-1]
+    left = "" if view.outcome else f" ({last.attempts_left} more allowed)"
+    at = duration(max(0.0, last.at - view.started_at))
+    return f"attempt {len(view.restarts) + 1}{left}, since {at}: {last.cause.rstrip('.')}"
+
+
 def headline(view: BoardView) -> tuple[str, list[str]]:
     """Return the title and the facts that follow it."""
     title = view.title or "training"
@@ -354,8 +370,9 @@ def headline(view: BoardView) -> tuple[str, list[str]]:
     elif view.outcome:
         used = rows_used(view)
         facts = [epoch(view), f"{count(used)} {'row' if used == 1 else 'rows'} used" if used else "", speed]
+        facts.append(checkpoint(view) if view.outcome != "done" else "")
     else:
-        facts = [view.phase, epoch(view), duration(view.elapsed_s), speed]
+        facts = [view.phase, epoch(view), duration(view.elapsed_s), speed, checkpoint(view)]
     return title, [fact for fact in facts if fact]
 
 

@@ -1,0 +1,99 @@
+"""``--save DIR``: the chief leaves the trained models where others find them.
+
+Runs on: executors (chief).
+
+    DIR/model.keras                 keras.models.load_model, in %%tfos_infer or anywhere
+    DIR/model/1/saved_model.pb      TensorFlow Serving's layout: its base path is DIR/model
+    DIR/model-2.keras, …            the second model that was given to ctx.distribute
+
+Each is made in a scratch directory and then takes its place, so that what was there before stays until that is whole.
+"""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import tempfile
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tfos_magic.errors import UsageError
+
+_PARTIAL = ".partial"
+
+
+def require_writable(directory: str) -> None:
+    """Raise, before hours of training, if models could not be saved to `directory`.
+
+    Raises
+    ------
+    UsageError
+    """
+    import tensorflow as tf
+
+    probe = posixpath.join(directory, f"writable{_PARTIAL}")
+    try:
+        tf.io.gfile.makedirs(directory)
+        with tf.io.gfile.GFile(probe, "wb") as file:
+            file.write(b"")
+        tf.io.gfile.remove(probe)
+    except (tf.errors.OpError, OSError) as error:
+        raise UsageError(
+            f"Models cannot be saved to {directory}: {getattr(error, 'message', error)}",
+            cause="The directory belongs to somebody else, or its file system is not there on the chief's host.",
+            hint="--save DIR, a directory that the chief can write to.",
+        ) from error
+
+
+def save_models(models: Sequence[Any], directory: str, log: Any) -> None:
+    """Save each model in both forms; what one cannot have is said in the log, and the others go on.
+
+    Parameters
+    ----------
+    models : sequence of keras.Model
+    directory : str
+        A path, or what ``tf.io.gfile`` opens.
+    log : logging.Logger
+    """
+    for number, model in enumerate(models, 1):
+        name = "model" if number == 1 else f"model-{number}"
+        with tempfile.TemporaryDirectory(prefix="tfos-save-") as scratch:
+            made, target = os.path.join(scratch, name), posixpath.join(directory, name)
+            _attempt(_save_keras, model, f"{made}.keras", f"{target}.keras", log)
+            _attempt(_save_serving, model, made, posixpath.join(target, "1"), log)
+
+
+def _attempt(save: Callable[[Any, str, str], None], model: Any, made: str, target: str, log: Any) -> None:
+    try:
+        save(model, made, target)
+    except Exception as error:  # Keras raises anything for models that it cannot describe; the result must not be lost
+        reason = " ".join(str(error).split())
+        log.warning("Not saved to %s: %s: %s", target, type(error).__name__, reason[:500])
+    else:
+        log.info("Saved to %s.", target)
+
+
+def _save_keras(model: Any, made: str, target: str) -> None:
+    import tensorflow as tf
+
+    model.save(made)
+    tf.io.gfile.copy(made, target + _PARTIAL, overwrite=True)
+    tf.io.gfile.rename(target + _PARTIAL, target, overwrite=True)
+
+
+def _save_serving(model: Any, made: str, target: str) -> None:
+    import tensorflow as tf
+
+    model.export(made)
+    partial = target + _PARTIAL
+    if tf.io.gfile.exists(partial):
+        tf.io.gfile.rmtree(partial)
+    for folder, _, files in os.walk(made):
+        below = os.path.relpath(folder, made)
+        place = partial if below == "." else posixpath.join(partial, below)
+        tf.io.gfile.makedirs(place)
+        for file in files:
+            tf.io.gfile.copy(os.path.join(folder, file), posixpath.join(place, file))
+    if tf.io.gfile.exists(target):
+        tf.io.gfile.rmtree(target)
+    tf.io.gfile.rename(partial, target)
