@@ -57,6 +57,7 @@ class Context:
     training: TrainingOptions
     feeds: Any
     attempt: int = 0
+    run_id: str = "the run"
     num_nodes: int = 1
     is_chief: bool = True
     job_name: str = "chief"
@@ -77,6 +78,9 @@ class Context:
 
     def report_checkpoint(self, where: str, size_bytes: int) -> None:
         self.saved.append(where)
+
+    def notice(self, text: str, level: int = logging.INFO) -> None:
+        self.log.log(level, text)
 
     def saving(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
@@ -107,6 +111,7 @@ class Runs:
     directory: Path
     tmp_path: Path
     options: dict[str, Any] = field(default_factory=dict)
+    run_id: str = "the run"
 
     def run(
         self,
@@ -127,7 +132,7 @@ class Runs:
                 cluster.feed(numbered(rows // 2, start=partition * rows // 2), partition)
             cluster.end()
             keras.utils.set_random_seed(7 if not resume else 8)  # a resumed run takes its streams from the file
-            ctx = Context(options, cluster.nodes[0].feeds, attempt)
+            ctx = Context(options, cluster.nodes[0].feeds, attempt, self.run_id)
             model = build()
             training.distribute(model, ctx)
             data = dataset(make_dataset(cluster.nodes[0].train, batch_size=BATCH, seed=3, label="y").map(scaled))
@@ -265,6 +270,86 @@ def test_one_iterator_for_all_epochs(runs, whole, per_execution):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("per_epoch", [STEPS, 5])
+def test_steps_per_epoch_over_data_that_end(runs, whole, per_epoch):
+    how = {"fit": {"steps_per_epoch": per_epoch}, "build": lambda: dense(dropout=0.0)}
+    runs.options = {"checkpoint_every_steps": 3}
+    with pytest.raises(Killed):
+        runs.run(killed_after=per_epoch + 4, **how)
+    assert_same(runs.run(resume=True, **how), whole(**how))
+
+
+@pytest.mark.slow
+def test_an_epochs_last_execution_may_be_a_part_of_one(runs, whole):
+    def build() -> Any:
+        model = dense()
+        model.steps_per_execution = 4
+        return model
+
+    class KilledAtTheEnd(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+            raise Killed
+
+    data = {"dataset": lambda data: data.filter(lambda *_: True)}  # of which nobody knows how long it is
+    runs.options = {"checkpoint_every_steps": 4}
+    with pytest.raises(Killed):
+        runs.run(build, callbacks=lambda: [KilledAtTheEnd()], **data)
+    assert_same(runs.run(build, resume=True, **data), whole(build=build, **data))
+
+
+class Decay(keras.callbacks.Callback):
+    """Changes something after each batch."""
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        self.model.optimizer.learning_rate = 0.97 * float(self.model.optimizer.learning_rate.numpy())
+
+
+@pytest.mark.slow
+def test_callbacks_that_act_on_each_batch_do_not_act_twice(runs, whole, tmp_path):
+    names: list[str] = []
+
+    class Saving(keras.callbacks.ModelCheckpoint):
+        def _save_model(self, *args: Any, **kwargs: Any) -> None:
+            batch = kwargs.get("batch", args[1] if len(args) > 1 else None)
+            names.append(f"{kwargs.get('epoch', args[0] if args else None)}/{batch}")
+
+    def callbacks() -> list[Any]:
+        return [Decay(), Saving(str(tmp_path / "x.keras"), save_freq=5)]
+
+    runs.options = {"checkpoint_every_steps": 4}
+    with pytest.raises(Killed):
+        runs.run(killed_after=STEPS + 5, callbacks=callbacks)
+    before = names.copy()
+    names.clear()
+    found = runs.run(resume=True, callbacks=callbacks)
+    resumed = names.copy()
+    names.clear()
+    assert_same(found, whole(callbacks=callbacks))
+    assert sorted({*before, *resumed}) == sorted(names)
+
+
+@pytest.mark.slow
+def test_metrics_that_are_vectors_and_averaged_weights(runs, whole):
+    def build() -> Any:
+        model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(4, "tanh"), keras.layers.Dense(2)])
+        metric = keras.metrics.R2Score(class_aggregation=None)
+        model.compile(keras.optimizers.Adam(0.01, use_ema=True, ema_momentum=0.9), "mse", metrics=[metric])
+        return model
+
+    swap = getattr(keras.callbacks, "SwapEMAWeights", None)
+    two = {"dataset": lambda data: data.map(lambda x, y: (x, tf.stack([y, -y], 1)))}
+    how = {"build": build, "callbacks": lambda: [swap(swap_on_epoch=True)] if swap else [], **two}
+    runs.options = {"checkpoint_every_steps": 4}
+    with pytest.raises(Killed):
+        runs.run(killed_after=STEPS + 5, **how)
+    found, expected = runs.run(resume=True, **how), whole(**how)
+    for mine, theirs in zip(found.weights, expected.weights, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    for name, values in expected.history.items():
+        np.testing.assert_array_equal(found.history[name], values)
+
+
+@pytest.mark.slow
 def test_a_model_that_is_not_built_and_one_that_runs_eagerly(runs, whole):
     def build() -> Any:
         model = keras.Sequential([keras.layers.Dense(4), keras.layers.Dropout(0.3), keras.layers.Dense(1)])
@@ -332,6 +417,7 @@ def saved(made, tmp_path, runs) -> Runs:
     import shutil
 
     shutil.copytree(made, runs.directory)
+    runs.run_id = "another run"
     return runs
 
 
@@ -394,16 +480,45 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_used(saved, whole
 def test_a_checkpoint_of_another_model_is_refused(saved):
     with pytest.raises(UsageError) as caught:
         saved.run(lambda: dense(units=6), resume=True)
-    assert "None of the 2 checkpoints" in caught.value.fact
+    assert "None of 2 checkpoints" in caught.value.fact
     assert "it is of another model or optimizer" in caught.value.cause
     with pytest.raises(UsageError, match="another model or optimizer"):
         saved.run(lambda: dense(optimizer=keras.optimizers.SGD(0.1)), resume=True)
 
 
 def test_checkpoints_of_another_run_are_not_mixed_with(saved):
-    with pytest.raises(UsageError, match="There are 2 checkpoints of another run") as caught:
+    with pytest.raises(UsageError, match="holds 2 checkpoints of another run") as caught:
         saved.run()
     assert "--resume" in caught.value.hint
+
+
+def test_a_restart_does_not_take_what_another_run_has_left(saved):
+    with pytest.raises(UsageError, match="holds 2 checkpoints of another run"):
+        saved.run(attempt=1)
+
+
+def test_a_restart_takes_what_its_own_run_has_left(runs, whole):
+    runs.options = {"checkpoint_every_steps": 4}
+    with pytest.raises(Killed):
+        runs.run(killed_after=6, epochs=1)
+    assert_same(runs.run(attempt=1, epochs=1), whole(epochs=1))
+
+
+def test_a_state_that_cannot_be_saved_is_named(runs):
+    class Own(keras.callbacks.Callback):
+        def state_dict(self) -> Any:
+            return {"seen": np.float32(1)}
+
+    with pytest.raises(UsageError, match=r"What Own\.state_dict\(\) returns cannot be saved"):
+        runs.run(callbacks=lambda: [Own()], epochs=1)
+
+
+def test_a_file_that_cannot_be_written_whole_is_removed(tmp_path):
+    directory = Directory(str(tmp_path), 1)
+    directory.prepare()
+    with pytest.raises(ValueError, match="allow_pickle"):
+        directory.write(1, Checkpoint({}, {"a": np.array([object()])}), keep=2)
+    assert list((tmp_path / "fit-1").iterdir()) == []
 
 
 def test_a_directory_that_cannot_be_written_is_an_error_before_the_first_step(tmp_path):
@@ -430,7 +545,7 @@ def test_data_that_only_its_batches_describe_cannot_be_resumed(saved):
         def __getitem__(self, index: int) -> Any:
             return np.zeros((4, 1)), np.zeros(4)
 
-    with pytest.raises(UsageError, match="cannot be resumed"):
+    with pytest.raises(UsageError, match="could not be resumed"):
         saved.run(resume=True, dataset=lambda _: Data())
 
 

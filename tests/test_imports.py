@@ -90,6 +90,7 @@ LAYERS = {
     "tfos_magic.tfrecords.task": "executor",
     "tfos_magic.tfrecords.varints": "executor",
     "tfos_magic.training": "executor",
+    "tfos_magic.training.callback_states": "executor",
     "tfos_magic.training.checkpoint_files": "executor",
     "tfos_magic.training.checkpointing": "executor",
     "tfos_magic.training.export": "executor",
@@ -192,6 +193,7 @@ ABSENT_ON_EXECUTORS = {"IPython", "ipywidgets", "keras", "pyspark", "tensorflow"
 NEEDS_KERAS = {
     "tfos_magic.training.accumulation",
     "tfos_magic.training.batch_norm",
+    "tfos_magic.training.callback_states",
     "tfos_magic.training.checkpoint_files",
     "tfos_magic.training.checkpointing",
     "tfos_magic.training.exchange",

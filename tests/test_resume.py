@@ -43,11 +43,15 @@ def test_children_that_are_killed_at_any_step_and_restarted(spark_local4: Any, t
     assert ["worker:0" in event.cause for event in restarts] == [True, False, True]
     assert all("was killed by signal 9" in event.cause for event in restarts)
     assert any(isinstance(event, CheckpointSaved) and event.where == "epoch 2, step 3" for event in events)
+    told = words.restarts(found.board.view())
+    assert told.startswith("attempt 4, since ")
+    assert "worker:0" in told
+    assert "signal 9" in told
 
 
-def test_when_no_restart_is_left_the_error_says_how_to_go_on(spark_local4: Any, tmp_path: Path, whole: Any) -> None:
+def test_without_a_restart_the_error_says_how_to_go_on(spark_local4: Any, tmp_path: Path, whole: Any) -> None:
     with pytest.raises(NodeKilledError) as caught:
-        train(spark_local4, tmp_path, kills=[(0, 6), (0, 6)], max_restarts=1)
+        train(spark_local4, tmp_path, kills=[(0, 6)])
     assert "--resume goes on from there" in caught.value.hint
     assert "saved up to epoch 1, step 4" in caught.value.hint
     assert_same(train(spark_local4, tmp_path, resume=True), whole)
@@ -138,18 +142,6 @@ train(spark, "{tmp_path}/killed", on_event=die, pause_s=0.1)
     assert_same(train(spark_local4, tmp_path / "killed", resume=True), whole)
 
 
-# --- what the board and the logs say ----------------------------------------------------------------------------
-
-
-def test_the_board_tells_attempt_and_cause(spark_local4: Any, tmp_path: Path) -> None:
-    found = train(spark_local4, tmp_path, kills=[(1, 6)], max_restarts=2, epochs=1)
-    view = found.board.view()
-    assert words.restarts(view).startswith("attempt 2, since ")
-    assert "worker:0" in words.restarts(view)
-    assert "signal 9" in words.restarts(view)
-    assert len(view.history["loss"]) == 1
-
-
 # --- seeds ------------------------------------------------------------------------------------------------------
 
 SEEDED = """
@@ -167,14 +159,19 @@ first = next(iter(ctx.dataset()))[0].numpy()
 """
 
 
-@pytest.mark.parametrize("fixed", [False, True])
-def test_a_seed_repeats_everything_and_nodes_differ(spark_local4: Any, fixed: bool) -> None:
-    def run(seed: int) -> Any:
-        data = {"train": frame(spark_local4)}
-        how = {"data": data, "seed": seed, "preload": ("tensorflow",), "args": {"fixed": fixed}}
-        return run_cell(spark_local4, SEEDED.strip(), 2, **how).values  # type: ignore[arg-type]
+def seeded(spark: Any, seed: int, *, fixed: bool = False) -> Any:
+    how: dict[str, Any] = {"data": {"train": frame(spark)}, "seed": seed, "preload": ("tensorflow",)}
+    return run_cell(spark, SEEDED.strip(), 2, args={"fixed": fixed}, **how).values
 
-    first, again, other = run(3), run(3), run(4)
+
+def test_a_seed_in_the_cell_is_not_the_same_stream_on_all_nodes(spark_local4: Any) -> None:
+    first, second = seeded(spark_local4, 3, fixed=True)
+    assert (first["mask"] != second["mask"]).any()
+    assert (first["first"] != second["first"]).any()
+
+
+def test_a_seed_repeats_everything_and_nodes_differ(spark_local4: Any) -> None:
+    first, again, other = seeded(spark_local4, 3), seeded(spark_local4, 3), seeded(spark_local4, 4)
     for mine, theirs in zip(first, again, strict=True):
         np.testing.assert_array_equal(mine["mask"], theirs["mask"])
         np.testing.assert_array_equal(mine["first"], theirs["first"])
@@ -203,8 +200,11 @@ def saving(directory: Path) -> TrainingOptions:
 
 def test_the_chief_saves_what_keras_and_serving_load(spark_local4: Any, tmp_path: Path) -> None:
     how: dict[str, Any] = {"data": {"train": frame(spark_local4)}, "preload": ("tensorflow",)}
-    for _ in range(2):  # what is there already is replaced
-        found = run_cell(spark_local4, SAVING.strip(), 2, training=saving(tmp_path / "out"), **how)
+    before = tmp_path / "out" / "model" / "1"
+    before.mkdir(parents=True)
+    (before / "of the last run").write_text("")
+    found = run_cell(spark_local4, SAVING.strip(), 2, training=saving(tmp_path / "out"), **how)
+    assert not (before / "of the last run").exists()
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["model", "model.keras"]
     script = f"""
 import json, sys

@@ -77,6 +77,7 @@ class Briefing:
             "feeds": self._feeds,
             "queues": self._queues,
             "feed_index": fed.index(node) if node in fed else 0,
+            "seed": options.seed,
             "training": options.training.to_json(),
             "data_options": {**{name: getattr(options, name) for name in _DATA_OPTIONS}, "seed": options.data_seed},
         }

@@ -99,7 +99,7 @@ def run(
     board = board or StatusBoard()
     notify = functools.partial(_tell, [board.apply] + ([on_event] if on_event not in (None, board.apply) else []))
     stop = stop or threading.Event()
-    began, attempt = time.time(), 0
+    began, attempt, run_id = time.time(), 0, secrets.token_hex(8)
     while True:
         cluster = Cluster(
             spark,
@@ -110,6 +110,7 @@ def run(
             stop=stop,
             attempt=attempt,
             began=began,
+            run_id=run_id,
         )
         try:
             cluster.run_through(data or {})
@@ -120,10 +121,16 @@ def run(
         except TfosError as error:
             if attempt == options.max_restarts or stop.is_set() or not is_worth_a_restart(error):
                 cluster.abandon("stopped" if isinstance(error, RunStoppedError) else "failed", error.headline)
-                error.hint = "\n".join(filter(None, [error.hint, _way_on(board)]))
+                given_up = f"Given up after {attempt + 1} attempts." if attempt else ""
+                error.hint = "\n".join(filter(None, [error.hint, given_up, _way_on(board)]))
                 raise
-            cluster.give_up_attempt()
             attempt += 1
+            try:
+                cluster.give_up_attempt()
+            except KeyboardInterrupt:
+                what = f"interrupted after {cluster.elapsed_s:.0f} s; {options.num_nodes} nodes stopped"
+                notify(RunEnded("stopped", what))
+                raise RunInterrupted("\n".join(filter(None, [what, _way_on(board)]))) from None
             notify(RunRestarted(" ".join(error.headline.split()), options.max_restarts - attempt))
         except BaseException as error:
             cluster.abandon("failed", f"{type(error).__name__}: {error}")
@@ -191,6 +198,7 @@ class Cluster:
         stop: threading.Event | None = None,
         attempt: int = 0,
         began: float | None = None,
+        run_id: str = "",
     ) -> None:
         self._spark = session.as_session(spark)
         self._context = self._spark.sparkContext
@@ -214,6 +222,7 @@ class Cluster:
         self._launch = Launch(self._context, options, self._nodes)
         self._briefing = Briefing(options, self._nodes, (), queues)
         self._attempt = attempt
+        self._run_id = run_id or self._id  # the same for all attempts
         self._began = time.time() if began is None else began
         self._timings: dict[str, float] = {}
         self._points = [grid.told(point) for point in options.grid or ()]
@@ -295,6 +304,7 @@ class Cluster:
             "feed_secret": self._feed_secret.hex(),
             "node_secret": self._node_secret.hex(),
             "attempt": self._attempt,
+            "run_id": self._run_id,
         }
         self._launch.begin(f"tfos_magic-{self._id}", config, self._payload.data, self._launch_ended)
         if not self._options.waits_for_all:
@@ -576,12 +586,7 @@ class Cluster:
     def give_up_attempt(self) -> None:
         """Stop everything of an attempt that another one follows."""
         self._emit(PhaseChanged(f"stopping {len(self._nodes)} nodes, to start them again…"))
-        try:
-            self.close()
-        except KeyboardInterrupt:
-            what = f"interrupted after {self.elapsed_s:.0f} s; {len(self._nodes)} nodes stopped"
-            self._emit(RunEnded("stopped", what))
-            raise RunInterrupted(what) from None
+        self.close()
 
     def close(self) -> None:
         """Stop all nodes and jobs and give back the port; idempotent. An interrupt meanwhile forces it."""

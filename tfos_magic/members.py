@@ -22,6 +22,7 @@ from tfos_magic.status import (
     NodeChanged,
     NodeLogged,
     NodeState,
+    Noticed,
 )
 
 
@@ -164,6 +165,8 @@ class Member:
             self._emit(NodeLogged(self.name, tuple(header["lines"]), header["dropped"]))
         elif message.type == "metrics":
             self._emit(MetricsReported(self.name, header["values"], header["step"], header["epoch"]))
+        elif message.type == "notice":
+            self._emit(Noticed(header["text"]))
         elif message.type == "checkpoint":
             self._emit(CheckpointSaved(header["where"], header["size_bytes"]))
         elif message.type == "feed_port":

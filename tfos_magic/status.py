@@ -31,6 +31,7 @@ _REPORTS_KEPT = 10_000
 _SAMPLES_KEPT = 20  # of what the board draws as a small line in a node's row
 _SAMPLE_EVERY_S = 0.9  # nearly every second beat: the line shows twenty seconds
 _TRACE_POINTS = 96
+_NOTICES_KEPT = 4
 _BEAT_S = 0.5
 _BEATS_PER_S = 300  # of all nodes together: the driver gives a few percent of a core to them
 LEFT_OUT = re.compile(r"… ([\d,]+) (?:earlier lines left out|lines left out here)")
@@ -144,6 +145,14 @@ class CheckpointSaved:
 
 
 @dataclass(frozen=True)
+class Noticed:
+    """Something that whoever looks at the run should know: where it resumed, what could not be saved."""
+
+    text: str
+    at: float = field(default_factory=time.time)
+
+
+@dataclass(frozen=True)
 class NodeChanged:
     """A node got a host or a new state."""
 
@@ -213,6 +222,7 @@ Event = (
     RunPlanned
     | RunRestarted
     | CheckpointSaved
+    | Noticed
     | PhaseChanged
     | NodeChanged
     | NodeBeat
@@ -311,6 +321,8 @@ class BoardView:
     """The highest step reported until then."""
     restarts: tuple[RunRestarted, ...] = ()
     """How often, when and why the nodes were started again."""
+    notices: tuple[str, ...] = ()
+    """What should be known of the run, the latest last."""
     checkpoint: CheckpointSaved | None = None
     """The last one that was saved."""
     outcome: str = ""
@@ -426,6 +438,9 @@ class StatusBoard:
                 self._plan(event)
             case RunRestarted():
                 self._restart(event)
+            case Noticed():
+                known = [text for text in self._view.notices if text != event.text]
+                self._view = replace(self._view, notices=(*known, event.text)[-_NOTICES_KEPT:])
             case CheckpointSaved():
                 self._view = replace(self._view, checkpoint=event)
             case PhaseChanged():
@@ -460,9 +475,11 @@ class StatusBoard:
 
     def _restart(self, event: RunRestarted) -> None:
         """Begin anew with all that counts from a node's start; output, history and curves go on."""
+        attempt = len(self._view.restarts) + 2
         for name, node in self._nodes.items():
             self._nodes[name] = NodeView(name, point=node.point, last_line=node.last_line)
             self._beats[name].clear()
+            self._add_lines(name, [f"─── attempt {attempt}: {event.cause}"], 0)
         self._sampled_at.clear()
         self._view = replace(self._view, restarts=(*self._view.restarts, event), marked_rows=0)
 
@@ -543,9 +560,12 @@ class StatusBoard:
         self._nodes[node.name] = replace(node, last_line=last.strip())
         if event.lines and event.lines[-1].endswith("\r"):
             lines.pop()
-        self._keep_lines(node.name, lines, event.dropped)
+        self._add_lines(node.name, lines, event.dropped)
+
+    def _add_lines(self, name: str, lines: Sequence[str], dropped: int) -> None:
+        self._keep_lines(name, lines, dropped)
         if self.store is not None:
-            self.store.append(node.name, lines, event.dropped)
+            self.store.append(name, lines, dropped)
 
     def _keep_lines(self, name: str, lines: Sequence[str], dropped: int) -> None:
         kept = self._logs[name]

@@ -68,7 +68,7 @@ def _live(config: dict[str, Any], payload_fd: int, link: Link) -> None:
 
         function, args, point = shipping.unpack_for_node(channel.read_all(payload_fd), config["index"])
         os.close(payload_fd)
-        _seed(start["data_options"]["seed"], config["index"])
+        _seed(start["seed"], config["index"])
         context = NodeContext(config, start, args, link, point)
         link.send("state", state="RUNNING", times={**times, "running": time.time()})
         training.prepare(context)
@@ -91,15 +91,16 @@ def _live(config: dict[str, Any], payload_fd: int, link: Link) -> None:
 def _seed(seed: int | None, index: int) -> None:
     """Start the random streams of this node where ``--seed`` says; each node has its own.
 
-    Keras takes the seeds of its initialisers and random layers from Python's. What modules that nobody has imported yet
-    draw from is theirs to say.
+    Keras takes the seeds of its initialisers and random layers from Python's.
     """
     if seed is None:
         return
     own = zlib.crc32(f"{seed}/{index}".encode())
     random.seed(own)
-    if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed(own)
+    with contextlib.suppress(ImportError):
+        import numpy
+
+        numpy.random.seed(own)
     if "tensorflow" in sys.modules:
         sys.modules["tensorflow"].random.set_seed(own)
 

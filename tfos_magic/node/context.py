@@ -61,6 +61,8 @@ class NodeContext:
         This node's point of ``--grid``; its keys are attributes of `args` as well.
     attempt : int
         0, and one more after each restart.
+    run_id : str
+        The same for all nodes and attempts of a run, and different for each run.
     training : TrainingOptions
         What the line says of checkpoints, seed and the exchange of gradients.
     working_dir, defaultFS : str
@@ -94,6 +96,7 @@ class NodeContext:
         self.args = args
         self.point = None if point is None else dict(point)
         self.attempt: int = config.get("attempt", 0)
+        self.run_id: str = config.get("run_id", "")
         self.working_dir: str = os.getcwd()
         self.defaultFS: str = config["default_fs"]
         self.log = _logger(f"{self.job_name}:{self.task_index}")
@@ -241,6 +244,18 @@ class NodeContext:
     def report_epoch(self, epoch: int, logs: Mapping[str, Any]) -> None:
         """Record the metrics of a whole epoch, counted from 1; ``ctx.distribute`` calls it by itself."""
         self._link.send("metrics", step=None, epoch=epoch, values=_numbers(logs))
+
+    def notice(self, text: str, level: int = logging.INFO) -> None:
+        """Log a line that matters for the whole run, and show it on the board under its title.
+
+        Parameters
+        ----------
+        text : str
+        level : int
+            Of :mod:`logging`.
+        """
+        self.log.log(level, text)
+        self._link.send("notice", text=text)
 
     def report_checkpoint(self, where: str, size_bytes: int) -> None:
         """Show on the board up to where training is saved; ``ctx.distribute`` calls it by itself.

@@ -10,7 +10,8 @@ Runs on: executors.
     packing.py          many arrays in one message
     accumulation.py     --accumulate: gradients of several batches, one exchange
     checkpointing.py    one call of fit: saved as it goes on, and brought back
-    checkpoint_files.py those files
+    callback_states.py  what callbacks remember
+    checkpoint_files.py the files
     export.py           the trained models, where --save says
     batch_norm.py       batch normalisation with the statistics of the whole batch
     agreement.py        what nodes compare before they start
@@ -23,6 +24,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import logging
 import sys
 from typing import Any, NoReturn
 
@@ -51,6 +53,11 @@ class _Training:
             state = cls()
             object.__setattr__(ctx, _STATE, state)
         return state
+
+    @property
+    def has_fitted(self) -> bool:
+        """Whether a distributed model has been fitted."""
+        return any(fit.has_fitted for fit in self.fits)
 
     def close(self) -> None:
         """Close the connections to the other nodes."""
@@ -263,6 +270,12 @@ def warn_if_forgotten(ctx: Any) -> None:
         Of a run whose function has returned.
     """
     state = getattr(ctx, _STATE, None)
+    if ctx.training.checkpoint_dir is not None and ctx.is_chief and not (state is not None and state.has_fitted):
+        ctx.notice(
+            "--checkpoint: nothing was saved. What is saved is model.fit after ctx.distribute(model); in a loop of "
+            "your own, ctx.checkpoint_dir says where to.",
+            logging.WARNING,
+        )
     is_shared = state is not None and (state.fits or state.strategy is not None)
     keras = sys.modules.get("keras")
     if ctx.num_nodes == 1 or is_shared or keras is None:
@@ -304,15 +317,16 @@ def save(ctx: Any, value: Any) -> None:
     if not models and keras is not None and isinstance(value, keras.Model):
         models = [value]
     if not models:
-        ctx.log.warning(
+        ctx.notice(
             "--save: there is no model to be saved. It is the one given to ctx.distribute(model), or else the value of "
-            "the cell's last line."
+            "the cell's last line.",
+            logging.WARNING,
         )
         return
     from tfos_magic.training.export import save_models
 
     with ctx.saving():
-        save_models(models, ctx.training.save_dir, ctx.log)
+        save_models(models, ctx.training.save_dir, ctx.notice)
 
 
 def is_consequence(type_name: str, message: str) -> bool:

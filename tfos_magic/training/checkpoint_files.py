@@ -13,6 +13,7 @@ a good one. Nothing in it is pickled. Paths are whatever ``tf.io.gfile`` opens.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import posixpath
@@ -33,7 +34,6 @@ _VERSION = 1
 _META = "meta"
 _NAME = re.compile(r"checkpoint-(\d{10})\.npz")
 _PARTIAL = ".partial"
-_UNREADABLE = (zipfile.BadZipFile, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError)
 
 
 class CheckpointError(TfosError):
@@ -77,12 +77,12 @@ class Checkpoint:
             with np.load(io.BytesIO(data), allow_pickle=False) as archive:
                 members = {name: archive[name] for name in archive.files}  # each is checked against its checksum
             head = json.loads(members.pop(_META).tobytes()) if _META in members else None
-        except _UNREADABLE as error:
-            raise CheckpointError(f"it is cut off or damaged, or no checkpoint at all ({error})") from error
+        except Exception as error:  # whatever NumPy and zipfile make of bytes that were flipped
+            raise CheckpointError("it is cut off or damaged, or no checkpoint at all") from error
         if not isinstance(head, dict) or head.get("format") != _FORMAT:
             raise CheckpointError("it is a NumPy file, but no checkpoint of tfos_magic")
-        if head["version"] != _VERSION:
-            raise CheckpointError(f"its format is version {head['version']}, this tfos_magic reads {_VERSION}")
+        if head.get("version") != _VERSION:
+            raise CheckpointError(f"its format is version {head.get('version')}, this tfos_magic reads {_VERSION}")
         for name, (dtype, shape) in head["foreign"].items():
             members[name] = members[name].view(tf.as_dtype(dtype).as_numpy_dtype).reshape(shape)
         return cls(head["meta"], members)
@@ -154,8 +154,13 @@ class Directory:
             Its size in bytes.
         """
         partial = f"{self.file(step)}{_PARTIAL}"
-        with tf.io.gfile.GFile(partial, "wb") as file:
-            checkpoint.encode(file)
+        try:
+            with tf.io.gfile.GFile(partial, "wb") as file:
+                checkpoint.encode(file)
+        except BaseException:
+            with contextlib.suppress(tf.errors.OpError, OSError):
+                tf.io.gfile.remove(partial)  # on a full disk it would keep the next one from being written, too
+            raise
         size_bytes = int(tf.io.gfile.stat(partial).length)
         tf.io.gfile.rename(partial, self.file(step), overwrite=True)
         for old in [known for known in self.steps() if known < step][: -(keep - 1) or None]:

@@ -6,7 +6,7 @@ Runs on: executors.
     resume ─► chief: the newest good file ─► its bytes to all nodes ─► weights, optimizer, metrics, random states,
               history, callbacks ─► the epoch, in which batches up to the step are drawn once more and not trained on
 
-Only the chief touches files. All nodes take the same decisions at the same steps, so a save costs two short messages.
+Only the chief touches files. All nodes take the same decisions at the same steps, so a save costs three short messages.
 Calls of ``fit`` are numbered as the function makes them: one that had ended before the run was killed is passed over
 with its results, and the function goes on behind it.
 """
@@ -27,17 +27,12 @@ import numpy as np
 import tensorflow as tf
 
 from tfos_magic.errors import UsageError
+from tfos_magic.training.callback_states import restore_states, states_of
 from tfos_magic.training.checkpoint_files import Checkpoint, CheckpointError, Directory
 from tfos_magic.training.ring import Ring
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-# What Keras's callbacks remember between epochs, 3.3 to 3.15; what they are configured with is the cell's business.
-_REMEMBERED = {
-    "EarlyStopping": ("wait", "stopped_epoch", "best", "best_epoch", "best_weights"),
-    "ReduceLROnPlateau": ("wait", "best", "cooldown_counter"),
-    "ModelCheckpoint": ("best", "epochs_since_last_save", "_batches_seen_since_last_saving", "_last_batch_seen"),
-}
 _LOOK_AT_FIRST = 4  # steps after which a rate is known well enough to say when the clock is to be looked at again
 
 
@@ -95,17 +90,27 @@ class FitCheckpoints:
         self._position = Position()
         self._iterator: Any = None
         self._spans_epochs = False
+        self._batch_count: int | None = None
+        self._reported: list[dict[str, Any]] = []
+        self._save_freqs: list[tuple[Any, int]] = []
         self._passes: dict[str, int] = {}  # of each feed, when the iterator began
         self._next_passes: dict[str, int] = {}
         self._restored: Checkpoint | None = None
         self._to_discard = 0
         self._to_replay = 0
+        self._is_used_up = False
         self._logs: dict[str, float] = {}
 
     # --- before the first step ----------------------------------------------------------------------------------
 
     def find(
-        self, epochs: int, build: Callable[[], None], callbacks: Sequence[Any], *, spans_epochs: bool
+        self,
+        epochs: int,
+        build: Callable[[], None],
+        callbacks: Sequence[Any],
+        *,
+        spans_epochs: bool,
+        batch_count: int | None = None,
     ) -> int | None:
         """Bring back the newest good checkpoint, if the run is to resume and there is one.
 
@@ -119,6 +124,8 @@ class FitCheckpoints:
             Those of the fit.
         spans_epochs : bool
             Whether one iterator over the data serves all epochs, as with ``steps_per_epoch``.
+        batch_count : int, optional
+            How many batches an iterator has, where that is known.
 
         Returns
         -------
@@ -132,6 +139,7 @@ class FitCheckpoints:
         """
         self._callbacks = list(callbacks)
         self._spans_epochs = spans_epochs
+        self._batch_count = batch_count
         if not self._from_chief(np.array([self._has_files()], np.int64), "checkpoints")[0]:
             return None
         build()
@@ -145,15 +153,24 @@ class FitCheckpoints:
             return False
         self._directory.prepare()
         steps = self._directory.steps()
-        if steps and not self._ctx.is_resuming:
+        if steps and not self._options.resume and not self._are_of_this_run(steps):
             raise UsageError(
-                f"There are {len(steps)} checkpoints of another run in {self._directory.path}, the newest of step "
+                f"{self._directory.path} holds {_counted(len(steps))} of another run already, the newest of step "
                 f"{steps[-1]}.",
                 hint="--resume goes on with it; or give this run another directory, or remove that one.",
             )
         if not steps and self._ctx.is_resuming:
-            self._ctx.log.info("No checkpoint in %s yet: training starts at the beginning.", self._directory.path)
+            self._say(f"No checkpoint in {self._directory.path} yet: training starts at the beginning.")
         return bool(steps)
+
+    def _are_of_this_run(self, steps: Sequence[int]) -> bool:
+        """Tell whether an earlier attempt of this run has left the files: the newest that can be read says so."""
+        for step in reversed(steps):
+            try:
+                return bool(Checkpoint.decode(self._directory.read(step)).meta["run"] == self._ctx.run_id)
+            except CheckpointError:
+                continue
+        return False
 
     def _newest_good(self) -> Array:
         """Return the bytes of the newest file that is whole and of this model; nothing on other nodes."""
@@ -166,14 +183,13 @@ class FitCheckpoints:
                 self._require_this_model(Checkpoint.decode(data))
             except CheckpointError as error:
                 refused.append(f"{self._directory.file(step)}: {error}")
-                self._ctx.log.warning("Checkpoint refused: %s.", refused[-1])
+                self._say(f"Checkpoint refused: {refused[-1]}.", logging.WARNING)
             else:
-                self._ctx.log.info("Resuming with %s.", self._directory.file(step))
                 return np.frombuffer(data, np.uint8)
         raise UsageError(
-            f"None of the {len(refused)} checkpoints in {self._directory.path} can be used.",
+            f"None of {_counted(len(refused))} in {self._directory.path} can be used.",
             cause=";\n".join(refused),
-            hint="Build and compile the model as it was, or begin anew in another directory: --checkpoint DIR.",
+            hint="If the model has changed, build and compile it as it was; or begin anew: --checkpoint ANOTHER_DIR.",
         )
 
     def _require_this_model(self, checkpoint: Checkpoint) -> None:
@@ -186,38 +202,67 @@ class FitCheckpoints:
         return [[list(v.shape), keras.backend.standardize_dtype(v.dtype)] for v in self._variables()]
 
     def _restore(self, checkpoint: Checkpoint, epochs: int) -> int:
-        meta, arrays = checkpoint.meta, checkpoint.arrays
-        for number, variable in enumerate(self._variables()):
-            variable.assign(arrays[f"variable-{number:04}"])
+        meta = checkpoint.meta
         position = Position(**meta["position"])
-        if position.step and (why := self._why_no_position(meta)):
+        if position.step and (why := self._why_no_position(checkpoint)):
             self._say(f"Epoch {position.epoch + 1} begins anew: {why}.", logging.WARNING)
             position = Position(position.epoch, 0, 0, position.total)
-        if meta["nodes"] == self._size:
-            self._restore_random(arrays[f"random-{self._rank}"].tobytes())
-        _restore_callbacks(self._callbacks, meta["callbacks"], arrays)
+        before = self._learning_rate()
+        self._put_back(checkpoint)
+        if before != (now := self._learning_rate()):
+            self._say(f"The learning rate is {now:g}, as in the checkpoint; the cell says {before:g}.")
         self._position = position
         self._passes = dict(meta["passes"])
         self._to_discard, self._to_replay = position.drawn - position.step, position.step
-        self._logs = dict(meta["logs"])
+        self._logs = {name: _unplain(value) for name, value in meta["logs"].items()}
         self._schedule.begin(position.total)
-        history = meta["history"]
-        for row in range(len(history["epoch"])):
-            at = history["epoch"][row] + 1
-            self._ctx.report_epoch(at, {n: v[row] for n, v in history["history"].items() if row < len(v)})
+        if position.step:
+            self._hold_back_files()
+        self._reported = list(meta["reported"])
+        for epoch in self._reported:
+            self._ctx.report_epoch(epoch["epoch"], epoch["logs"])
         is_over = meta["is_complete"] and meta["epochs"] == epochs
-        self._say(f"Fit {self._number} had ended." if is_over else f"Going on after {_told(position)}.")
-        return epochs if is_over else position.epoch
+        path = self._directory.file(position.total)
+        if is_over or position.epoch >= epochs:
+            self._set_passes()
+            more = "" if is_over else f", with {position.epoch} epochs instead of {epochs}"
+            self._say(f"Fit {self._number} had ended{more}: nothing is left to train ({path}).")
+            return max(epochs, position.epoch)
+        self._say(f"Resumed after {_told(position)} ({path}).")
+        return position.epoch
 
-    def _why_no_position(self, meta: dict[str, Any]) -> str:
-        """Return why the place within the epoch means nothing here; empty when it does."""
-        if meta["nodes"] != self._size:
-            return f"the checkpoint is of {meta['nodes']} nodes, there are {self._size} now"
-        mine = self._data()
-        for name, value in meta["data"].items():
-            if name in mine and mine[name] != value:
-                return f"{name} is not what it was"
-        return ""
+    def _put_back(self, checkpoint: Checkpoint) -> None:
+        """Set what training and its callbacks change."""
+        for number, variable in enumerate(self._variables()):
+            variable.assign(checkpoint.arrays[f"variable-{number:04}"])
+        if checkpoint.meta["nodes"] == self._size:
+            self._restore_random(self._own_state(checkpoint))
+        restore_states(self._callbacks, checkpoint.meta["callbacks"], checkpoint.arrays)
+
+    def _own_state(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """Return what this node had told when the checkpoint was made."""
+        state: dict[str, Any] = json.loads(checkpoint.arrays[f"random-{self._rank}"].tobytes())
+        return state
+
+    def _hold_back_files(self) -> None:
+        """Let no ModelCheckpoint write in the middle of the batches that are passed over: its weights are others."""
+        for callback in self._callbacks:
+            freq = getattr(callback, "save_freq", None)
+            if isinstance(callback, keras.callbacks.ModelCheckpoint) and isinstance(freq, int):
+                self._save_freqs.append((callback, freq))
+                callback.save_freq = "epoch"
+
+    def _why_no_position(self, checkpoint: Checkpoint) -> str:
+        """Return why the place within the epoch means nothing here; empty when it does. The same on all nodes."""
+        count = checkpoint.meta["nodes"]
+        if count != self._size:
+            return f"the checkpoint is of {count} nodes, there are {self._size} now"
+        now, then = self._data(), self._own_state(checkpoint)["data"]
+        why = next((f"{name} is not what it was" for name in then if name in now and now[name] != then[name]), "")
+        if self._ring is None:
+            return why
+        differing = int(self._ring.all_reduce(np.array([bool(why)], np.int64), "place in the epoch")[0])
+        return why or ("on another node the data are not what they were" if differing else "")
 
     def _data(self) -> dict[str, Any]:
         """Return what says which rows come when."""
@@ -226,17 +271,22 @@ class FitCheckpoints:
         batches = {f"the batch size, the shuffling or the seed of '{feed.name}'": feed.reading for feed in feeds}
         return {**rows, **batches, "steps_per_execution": int(self._model.steps_per_execution)}
 
+    @property
+    def batches_before_epoch(self) -> int:
+        """How many batches were trained on before the epoch that goes on."""
+        return self._position.total - self._position.step * int(self._model.steps_per_execution)
+
     # --- while it goes on ---------------------------------------------------------------------------------------
 
     def begin_epoch(self, epoch: int) -> None:
         """Take note that an epoch begins; in the first one after a resume, be where it was."""
         if self._restored is not None:
-            for feed in self._ctx.feeds.cached:
-                feed.passes = self._passes.get(feed.name, feed.passes)
+            self._set_passes()
             self._restore_history()
             if self._to_replay:
                 self._restore_metrics(self._restored)
-            self._restored = None
+            else:
+                self._restored = None
         else:
             self._position = replace(self._position, epoch=epoch, step=0)
         self._next_passes = self._current_passes()
@@ -248,21 +298,38 @@ class FitCheckpoints:
             self._passes = self._next_passes
             if not (self._to_discard or self._to_replay):
                 self._position = replace(self._position, drawn=0)
+        if self._is_used_up:
+            raise StopIteration
         batches = int(self._model.steps_per_execution)
         self._draw(iterator, self._to_discard * batches)
         self._to_discard = 0
         if self._to_replay:
-            self._draw(iterator, batches)
-            self._to_replay -= 1
-            return dict(self._logs)
+            return self._pass_over(iterator, batches)
         logs = function(iterator)
         at = self._position
         self._position = Position(at.epoch, at.step + 1, at.drawn + 1, at.total + batches)
-        # Within a group of accumulated batches nodes hold sums of their own; each epoch begins a new group.
+        # Within a group of accumulated batches nodes hold sums of their own; each epoch begins a new group. After the
+        # last step comes the epoch's own checkpoint.
         is_whole = (at.step + 1) * batches % self._options.accumulate == 0
-        if is_whole and self._schedule.is_due(at.total + batches):
-            self._save(logs=_floats(logs))
+        is_last = self._batch_count is not None and (at.drawn + 1) * batches >= self._batch_count
+        if is_whole and not is_last and self._schedule.is_due(at.total + batches):
+            self._save(logs={name: _plain(value) for name, value in dict(logs).items()})
         return logs
+
+    def _pass_over(self, iterator: Any, batches: int) -> dict[str, Any]:
+        """Draw what was trained on before, and return what that step had returned."""
+        self._to_replay -= 1
+        try:
+            self._draw(iterator, batches)
+        except StopIteration:  # an epoch's last execution may be a part of one
+            self._is_used_up = True
+        if not self._to_replay and self._restored is not None:
+            # Callbacks have seen the ends of these batches, and may have acted on what had just been put back.
+            self._put_back(self._restored)
+            self._restored = None
+            for callback, freq in self._save_freqs:
+                callback.save_freq = freq
+        return dict(self._logs)
 
     @staticmethod
     def _draw(iterator: Any, count: int) -> None:
@@ -272,11 +339,16 @@ class FitCheckpoints:
     def end_epoch(self, epoch: int, logs: Any, *, is_stopping: bool) -> None:
         """Save at the end of an epoch."""
         self._position = replace(self._position, epoch=epoch + 1, step=0)
-        if not self._spans_epochs:
+        self._to_discard, self._to_replay, self._is_used_up = 0, 0, False
+        self._restored = None
+        self._reported.append({"epoch": epoch + 1, "logs": _floats(logs or {})})
+        drawn = self._position.drawn * int(self._model.steps_per_execution)
+        is_used_up = self._batch_count is not None and drawn >= self._batch_count
+        if not self._spans_epochs or is_used_up:  # the next epoch begins a new iterator
             self._position = replace(self._position, drawn=0)
             self._passes = self._current_passes()
         if not is_stopping:  # else the end of the fit follows at once
-            self._save(ended=(epoch, _floats(logs or {})))
+            self._save(ended=(epoch, {name: _plain(value) for name, value in dict(logs or {}).items()}))
 
     def end(self, epochs: int) -> None:
         """Save the fit as complete, and wait until that is written."""
@@ -297,6 +369,7 @@ class FitCheckpoints:
         states = self._gather_random()
         if not self._ctx.is_chief:
             return
+        self._writer.wait()  # or there would be two copies of everything
         checkpoint = self._snapshot(states, **more)
         text = "the end" if "epochs" in more else _told(self._position)
         total = self._position.total
@@ -306,8 +379,8 @@ class FitCheckpoints:
         self,
         states: Sequence[bytes],
         *,
-        logs: Mapping[str, float] | None = None,
-        ended: tuple[int, Mapping[str, float]] | None = None,
+        logs: Mapping[str, Any] | None = None,
+        ended: tuple[int, Mapping[str, Any]] | None = None,
         epochs: int | None = None,
     ) -> Checkpoint:
         """Return all that is to be saved.
@@ -331,31 +404,40 @@ class FitCheckpoints:
             "epochs": epochs,
             "is_complete": epochs is not None,
             "nodes": self._size,
-            "data": self._data(),
+            "run": self._ctx.run_id,
+            "reported": self._reported,
             "passes": self._passes,
             "structure": self._structure(),
             "logs": dict(logs or {}),
             "history": self._history(ended),
-            "callbacks": _states_of(self._callbacks, arrays),
+            "callbacks": states_of(self._callbacks, arrays),
             "keras": keras.__version__,
             "written_at": time.time(),
         }
         return Checkpoint(meta, arrays)
 
     def _say(self, message: str, level: int = logging.INFO) -> None:
-        """Log what is so on all nodes: once."""
+        """Tell what is so on all nodes: once."""
         if self._ctx.is_chief:
-            self._ctx.log.log(level, message)
+            self._ctx.notice(message, level)
 
     # --- parts of the state -------------------------------------------------------------------------------------
+
+    def _set_passes(self) -> None:
+        for feed in self._ctx.feeds.cached:
+            feed.passes = self._passes.get(feed.name, feed.passes)
+
+    def _learning_rate(self) -> float:
+        rate = getattr(self._model.optimizer, "learning_rate", np.nan)
+        return float(rate.numpy()) if hasattr(rate, "numpy") else 0.0
 
     def _current_passes(self) -> dict[str, int]:
         return {feed.name: feed.passes for feed in self._ctx.feeds.cached}
 
-    def _history(self, ended: tuple[int, Mapping[str, float]] | None) -> dict[str, Any]:
+    def _history(self, ended: tuple[int, Mapping[str, Any]] | None) -> dict[str, Any]:
         known = getattr(self._model, "history", None)
         epochs = [int(epoch) for epoch in getattr(known, "epoch", ())]
-        history = {name: [float(x) for x in values] for name, values in getattr(known, "history", {}).items()}
+        history = {name: [_plain(x) for x in values] for name, values in getattr(known, "history", {}).items()}
         if ended is not None and ended[0] not in epochs:
             epochs.append(ended[0])
             for name, value in ended[1].items():
@@ -366,7 +448,9 @@ class FitCheckpoints:
         if self._restored is not None and getattr(self._model, "history", None) is not None:
             history = self._restored.meta["history"]
             self._model.history.epoch = list(history["epoch"])
-            self._model.history.history = {name: list(values) for name, values in history["history"].items()}
+            self._model.history.history = {
+                name: [_unplain(value) for value in values] for name, values in history["history"].items()
+            }
 
     def _restore_metrics(self, checkpoint: Checkpoint) -> None:
         variables = _metric_variables(self._model)
@@ -379,7 +463,7 @@ class FitCheckpoints:
 
     def _gather_random(self) -> list[bytes]:
         """Return the random states of all nodes, by rank."""
-        mine = np.frombuffer(json.dumps(self._random_state()).encode(), np.uint8)
+        mine = np.frombuffer(json.dumps({**self._random_state(), "data": self._data()}).encode(), np.uint8)
         if self._ring is None:
             return [mine.tobytes()]
         lengths = self._ring.gather(np.array([mine.size], np.int64), "random states: lengths").ravel()
@@ -394,8 +478,7 @@ class FitCheckpoints:
             "numpy": [kind, keys.tolist(), *rest],
         }
 
-    def _restore_random(self, data: bytes) -> None:
-        state = json.loads(data)
+    def _restore_random(self, state: Mapping[str, Any]) -> None:
         for variable, value in zip(seed_states(self._model), state["seeds"], strict=False):
             variable.assign(np.asarray(value, keras.backend.standardize_dtype(variable.dtype)))
         version, internal, gauss = state["python"]
@@ -489,14 +572,14 @@ class _Writer:
     def _write(self, directory: Directory, step: int, checkpoint: Checkpoint, keep: int, text: str) -> None:
         try:
             size_bytes = directory.write(step, checkpoint, keep)
-        except (tf.errors.OpError, OSError) as error:  # hours of training are not lost for a full disk
+        except Exception as error:  # be it a full disk or anything: hours of training are not lost for it
             reason = getattr(error, "message", "") or error
-            self._ctx.log.warning("No checkpoint of %s: %s. Training goes on.", text, reason)
+            self._ctx.notice(f"No checkpoint of {text}: {reason}. Training goes on.", logging.WARNING)
         else:
             self._ctx.report_checkpoint(text, size_bytes)
 
 
-# --- pieces of a model and its callbacks -----------------------------------------------------------------------
+# --- pieces of a model -----------------------------------------------------------------------------------------
 
 
 def seed_states(model: Any) -> list[Any]:
@@ -521,60 +604,23 @@ def _told(position: Position) -> str:
     return f"epoch {position.epoch + 1}, step {position.step}"
 
 
+def _plain(value: Any) -> Any:
+    """Return a metric's value as JSON has it: most are numbers, some are vectors."""
+    array = np.asarray(value.numpy() if hasattr(value, "numpy") else value)
+    return float(array) if array.ndim == 0 else array.tolist()
+
+
+def _unplain(value: Any) -> Any:
+    return np.asarray(value, np.float32) if isinstance(value, list) else value
+
+
+def _counted(count: int) -> str:
+    return "1 checkpoint" if count == 1 else f"{count} checkpoints"
+
+
 def _floats(values: Any) -> dict[str, float]:
     return {name: float(value) for name, value in dict(values).items() if np.size(value) == 1}
 
 
 def _numbers_in(structure: Sequence[Sequence[Any]]) -> int:
     return sum(int(np.prod(shape)) for shape, _ in structure)
-
-
-def _remembered_by(callback: Any) -> tuple[str, ...]:
-    kinds = [(getattr(keras.callbacks, name), names) for name, names in _REMEMBERED.items()]
-    return next((names for kind, names in kinds if isinstance(callback, kind)), ())
-
-
-def _labelled(callbacks: Sequence[Any]) -> list[tuple[str, Any]]:
-    """Return each callback under a name that it has on every node and in every run: its class, and which of these."""
-    seen: dict[str, int] = {}
-    found = []
-    for callback in callbacks:
-        kind = type(callback).__name__
-        seen[kind] = seen.get(kind, 0) + 1
-        found.append((f"{kind}-{seen[kind]}", callback))
-    return found
-
-
-def _states_of(callbacks: Sequence[Any], arrays: dict[str, Array]) -> dict[str, Any]:
-    """Return what callbacks remember, as JSON can say it; weights go to `arrays`."""
-    states: dict[str, Any] = {}
-    for label, callback in _labelled(callbacks):
-        state: dict[str, Any] = {}
-        for name in _remembered_by(callback):
-            value = getattr(callback, name, None)
-            if isinstance(value, list):
-                arrays |= {f"callback-{label}-{name}-{i:04}": _copied(each) for i, each in enumerate(value)}
-                state[name] = {"arrays": len(value)}
-            elif hasattr(callback, name):
-                state[name] = value if value is None or isinstance(value, bool | int) else float(value)
-        own = getattr(callback, "state_dict", None)
-        if callable(own):
-            state["state_dict"] = own()
-        if state:
-            states[label] = state
-    return states
-
-
-def _restore_callbacks(callbacks: Sequence[Any], states: dict[str, Any], arrays: dict[str, Array]) -> None:
-    for label, callback in _labelled(callbacks):
-        state = dict(states.get(label, {}))
-        own = state.pop("state_dict", None)
-        if state.get("best") is not None and getattr(callback, "monitor_op", True) is None:
-            # Put off by Keras until the first epoch's end, where older ones (up to 3.7) would also forget the best.
-            callback._set_monitor_op()
-        for name, value in state.items():
-            if isinstance(value, dict):
-                value = [arrays[f"callback-{label}-{name}-{i:04}"] for i in range(value["arrays"])]
-            setattr(callback, name, value)
-        if own is not None and callable(getattr(callback, "load_state_dict", None)):
-            callback.load_state_dict(own)

@@ -11,6 +11,8 @@ Each is made in a scratch directory and then takes its place, so that what was t
 
 from __future__ import annotations
 
+import inspect
+import logging
 import os
 import posixpath
 import tempfile
@@ -45,32 +47,35 @@ def require_writable(directory: str) -> None:
         ) from error
 
 
-def save_models(models: Sequence[Any], directory: str, log: Any) -> None:
-    """Save each model in both forms; what one cannot have is said in the log, and the others go on.
+def save_models(models: Sequence[Any], directory: str, tell: Callable[[str, int], None]) -> None:
+    """Save each model in both forms; what one cannot have is told, and the others go on.
 
     Parameters
     ----------
     models : sequence of keras.Model
     directory : str
         A path, or what ``tf.io.gfile`` opens.
-    log : logging.Logger
+    tell : callable(str, int)
+        Takes what was done, or could not be, and its level as :mod:`logging` has it.
     """
     for number, model in enumerate(models, 1):
         name = "model" if number == 1 else f"model-{number}"
         with tempfile.TemporaryDirectory(prefix="tfos-save-") as scratch:
             made, target = os.path.join(scratch, name), posixpath.join(directory, name)
-            _attempt(_save_keras, model, f"{made}.keras", f"{target}.keras", log)
-            _attempt(_save_serving, model, made, posixpath.join(target, "1"), log)
+            _attempt(_save_keras, model, f"{made}.keras", f"{target}.keras", tell)
+            _attempt(_save_serving, model, made, posixpath.join(target, "1"), tell)
 
 
-def _attempt(save: Callable[[Any, str, str], None], model: Any, made: str, target: str, log: Any) -> None:
+def _attempt(
+    save: Callable[[Any, str, str], None], model: Any, made: str, target: str, tell: Callable[[str, int], None]
+) -> None:
     try:
         save(model, made, target)
     except Exception as error:  # Keras raises anything for models that it cannot describe; the result must not be lost
         reason = " ".join(str(error).split())
-        log.warning("Not saved to %s: %s: %s", target, type(error).__name__, reason[:500])
+        tell(f"Not saved to {target}: {type(error).__name__}: {reason[:300]}", logging.WARNING)
     else:
-        log.info("Saved to %s.", target)
+        tell(f"Saved to {target}.", logging.INFO)
 
 
 def _save_keras(model: Any, made: str, target: str) -> None:
@@ -84,7 +89,8 @@ def _save_keras(model: Any, made: str, target: str) -> None:
 def _save_serving(model: Any, made: str, target: str) -> None:
     import tensorflow as tf
 
-    model.export(made)
+    quiet = {"verbose": False} if "verbose" in inspect.signature(model.export).parameters else {}
+    model.export(made, **quiet)
     partial = target + _PARTIAL
     if tf.io.gfile.exists(partial):
         tf.io.gfile.rmtree(partial)

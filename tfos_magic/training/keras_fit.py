@@ -94,6 +94,7 @@ class KerasFit:
         self._make_train_function = model.make_train_function
         self._make_test_function = model.make_test_function
         self._is_fitting = False
+        self.has_fitted = False
         self._train_pending = True
         self._test_pending = True
         self._synced: dict[int, Any] = {}  # id → variable; the reference keeps the id from being used again
@@ -135,7 +136,7 @@ class KerasFit:
         callback = _FitCallback(self, call.arguments)
         call.arguments["callbacks"] = _with_callback(call.arguments.get("callbacks"), callback, self.model)
         self._data = tuple(call.arguments.get(name) for name in ("x", "y", "sample_weight"))
-        self._is_fitting = True
+        self._is_fitting = self.has_fitted = True
         try:
             with self._plain_errors(), self._saved():
                 return self._fit(*call.args, **call.kwargs)
@@ -196,17 +197,31 @@ class KerasFit:
 
     def begin_fit(
         self, steps: int | None, epochs: int, initial_epoch: int, callbacks: Sequence[Any], *, spans_epochs: bool
-    ) -> None:
-        """Compare the nodes' plans and give all of them node 0's weights, and the epoch it goes on with."""
+    ) -> int:
+        """Compare the nodes' plans and give all of them node 0's weights, and the epoch it goes on with.
+
+        Returns
+        -------
+        int
+            How many batches lie before that epoch.
+        """
         self._synced.clear()
+        batches_before = 0
         if self._checkpoints is not None:
-            build = self._build
-            found = self._checkpoints.find(epochs, build, callbacks, spans_epochs=spans_epochs)
+            x = self._data[0]
+            count = int(x.cardinality()) if isinstance(x, tf.data.Dataset) else -1
+            found = self._checkpoints.find(
+                epochs, self._build, callbacks, spans_epochs=spans_epochs, batch_count=count if count >= 0 else None
+            )
             if found is not None:
                 self._parted = {id(v): v for v in seed_states(self.model)}
                 self.model._initial_epoch = found
-        if self._ring is None:
-            return
+                batches_before = self._checkpoints.batches_before_epoch
+        if self._ring is not None:
+            self._begin_together(steps, epochs, initial_epoch)
+        return batches_before
+
+    def _begin_together(self, steps: int | None, epochs: int, initial_epoch: int) -> None:
         restored = getattr(self.model, "_initial_epoch", None)
         chiefs = self._agree(
             self._plan("fit", steps, epochs=epochs, initial_epoch=initial_epoch, restored_epoch=restored)
@@ -411,6 +426,7 @@ class KerasFit:
         if self.ctx.training.checkpoint_dir is None:
             yield
             return
+        _specs_of(*self._data)  # refuses, before hours are spent, what could not be gone on with
         number = next(self._fit_numbers)
         self._checkpoints = FitCheckpoints(self.model, self._ring, self.ctx, number, self.shared_variables)
         try:
@@ -477,7 +493,7 @@ class _FitCallback(keras.callbacks.Callback):  # type: ignore[misc]  # Keras pub
         given = self._arguments.get("callbacks")
         others = given.callbacks if isinstance(given, keras.callbacks.CallbackList) else keras.tree.flatten(given or [])
         self._epochs = int(params.get("epochs") or 1)
-        self._owner.begin_fit(
+        self._steps_done = self._owner.begin_fit(
             params.get("steps"),
             self._epochs,
             int(self._arguments.get("initial_epoch") or 0),
@@ -570,7 +586,7 @@ def _specs_of(x: Any, y: Any, sample_weight: Any) -> Any:
         return x.element_spec
     if x is None or any(isinstance(each, keras.utils.PyDataset) or inspect.isgenerator(each) for each in (x,)):
         raise UsageError(
-            f"A fit on a {type(x).__name__} cannot be resumed: its batches say only when they come what they are.",
+            f"--checkpoint: a fit on a {type(x).__name__} could not be resumed, its place in the data is unknown.",
             hint="Give fit ctx.dataset(…), a tf.data.Dataset or arrays.",
         )
 

@@ -94,7 +94,7 @@ def render_html(view: BoardView, logs: Mapping[str, Sequence[str]] | None = None
         One ``<div>``; everything that came from users or nodes is escaped.
     """
     shown, rest = words.split(view)
-    caption = _caption(view) + _restarts(view) + _progress(view)
+    caption = _caption(view) + _facts(view) + _progress(view)
     parts = [_ROOT, _board(shown, view, caption=caption) if shown else f"<div>{caption}</div>"]
     if rest:
         parts.append(_rest(rest, view, live))
@@ -125,9 +125,9 @@ def _caption(view: BoardView) -> str:
     return f"{_mark(mark, colour)} <b>{escape(title)}</b> &nbsp; {' · '.join(told)}"
 
 
-def _restarts(view: BoardView) -> str:
-    told = words.restarts(view)
-    return f"<br>{_mark('↻', _AMBER)} {escape(told)}" if told else ""
+def _facts(view: BoardView) -> str:
+    told = [("↻", words.restarts(view)), *(("·", notice) for notice in view.notices)]
+    return "".join(f"<br>{_mark(mark, _AMBER)} {escape(text)}" for mark, text in told if text)
 
 
 def _mark(mark: str, colour: str, style: str = "") -> str:

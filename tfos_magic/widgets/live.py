@@ -143,6 +143,7 @@ def _changes(before: BoardView, now: BoardView) -> list[str]:
         lines.append(now.phase)
     if len(now.restarts) > len(before.restarts):
         lines.append(words.restarts(now))
+    lines += [notice for notice in now.notices if notice not in before.notices]
     lines += _state_changes(before, now)
     if now.epoch is not None and now.epoch != before.epoch:
         lines.append(_epoch_line(now, now.epoch))

@@ -39,7 +39,8 @@ def render_text(view: BoardView, *, width: int = 120) -> str:
     title, facts = words.headline(view)
     heading = [" · ".join([title, *filter(None, [words.outcome(view)]), *facts])]
     remark = words.bottleneck(view)
-    lines = [*heading, *filter(None, [words.restarts(view)]), *_progress(view), *([remark] if remark else [])]
+    facts = [*filter(None, [words.restarts(view)]), *view.notices]
+    lines = [*heading, *facts, *_progress(view), *([remark] if remark else [])]
     if view.outcome and view.message:
         lines += view.message.strip().split("\n")[:20]
     shown, rest = words.split(view)
