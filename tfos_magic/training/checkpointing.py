@@ -167,7 +167,7 @@ class FitCheckpoints:
         """Tell whether an earlier attempt of this run has left the files: the newest that can be read says so."""
         for step in reversed(steps):
             try:
-                return bool(Checkpoint.decode(self._directory.read(step)).meta["run"] == self._ctx.run_id)
+                return bool(Checkpoint.decode(self._directory.read(step)).meta.get("run") == self._ctx.run_id)
             except CheckpointError:
                 continue
         return False
@@ -405,7 +405,7 @@ class FitCheckpoints:
             "is_complete": epochs is not None,
             "nodes": self._size,
             "run": self._ctx.run_id,
-            "reported": self._reported,
+            "reported": list(self._reported),  # the writer reads it while training goes on
             "passes": self._passes,
             "structure": self._structure(),
             "logs": dict(logs or {}),
