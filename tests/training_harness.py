@@ -112,7 +112,7 @@ def _start(
         "TF_GRPC_REUSE_PORT": "true",
         "TF_CPP_MIN_LOG_LEVEL": "3",
         "CUDA_VISIBLE_DEVICES": "-1",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),  # another Keras, say
         "TMPDIR": str(result.parent),  # AutoGraph's files go with the folder; the cases end without Python's clean-up
     }
     return subprocess.Popen(
