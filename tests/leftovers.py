@@ -52,6 +52,7 @@ _FOREIGN_VARIABLES = frozenset(
     }
 )
 
+_EXEC_S = 2.0
 _owners: set[int] = set()
 
 
@@ -148,10 +149,23 @@ def _processes() -> Iterator[psutil.Process]:
 
 
 def _environ(pid: int) -> bytes:
+    """Return a process's environment; empty if it is gone, or not ours to read, and so not of this run.
+
+    While a process is in the midst of exec it shows neither environment nor arguments; on a busy machine that has been
+    seen for 0.1 s after Popen had returned.
+    """
+    folder = Path(f"/proc/{pid}")
+    deadline = time.monotonic() + _EXEC_S
     try:
-        return Path(f"/proc/{pid}/environ").read_bytes()
-    except OSError:  # gone, or not ours to read, so not of this run
-        return b""
+        while time.monotonic() < deadline:
+            found = (folder / "environ").read_bytes()
+            if found or (folder / "cmdline").read_bytes():
+                return found
+            (folder / "exe").readlink()  # raises for the kernel's own threads and for zombies, which never have any
+            time.sleep(0.001)
+    except OSError:
+        pass
+    return b""
 
 
 def _own_jvm() -> set[int]:
