@@ -147,6 +147,26 @@ def nothing_left(pytestconfig: pytest.Config) -> Iterator[None]:
 # ── Spark ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.fixture
+def services() -> Any:
+    """What stands behind the magics in `shell`; a file whose magics need other things has its own."""
+    from fake_services import FakeServices
+
+    return FakeServices()
+
+
+@pytest.fixture
+def shell(services: Any) -> Iterator[Any]:
+    """An IPython shell of this process with the magics loaded."""
+    from shell_fixture import running_shell
+
+    from tfos_magic import magics
+
+    with running_shell() as running:
+        magics.load(running, services)
+        yield running
+
+
 @pytest.fixture(scope="session")
 def spark_local4() -> Iterator[Any]:
     """One ``local[4]`` session for all tests of this process; a test that needs another kind uses `spark_script`."""

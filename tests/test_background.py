@@ -17,7 +17,7 @@ import pytest
 from fake_services import FakeServices
 from jupyterlab_fixture import browser, jupyterlab, write_notebook
 from runs import FILENAME, LABEL, pack_cell
-from shell_fixture import TestingShell, running_shell
+from shell_fixture import TestingShell
 from test_arguments import FRAME
 from test_end_to_end import Notebook, nodes_alive
 
@@ -120,11 +120,9 @@ def services() -> DrivenServices:
 
 
 @pytest.fixture
-def shell(services: DrivenServices) -> Iterator[TestingShell]:
-    with running_shell() as running:
-        magics.load(running, services)  # type: ignore[arg-type]
-        yield running
-        magics.unload(running)
+def shell(shell: TestingShell) -> Iterator[TestingShell]:
+    yield shell
+    magics.unload(shell)
 
 
 class Published:

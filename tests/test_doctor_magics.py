@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 import pytest
 from fake_services import FakeServices
-from shell_fixture import TestingShell, running_shell
+from shell_fixture import TestingShell
 from test_magics import Kernel
 
 from tfos_magic import magics
@@ -23,11 +23,9 @@ def services() -> FakeServices:
 
 
 @pytest.fixture
-def shell(services: FakeServices) -> Iterator[TestingShell]:
-    with running_shell() as running:
-        magics.load(running, services)  # type: ignore[arg-type]
-        yield running
-        magics.unload(running)  # ends the second interpreter; nothing_left looks
+def shell(shell: TestingShell) -> Iterator[TestingShell]:
+    yield shell
+    magics.unload(shell)  # ends the second interpreter; nothing_left looks
 
 
 LOCK = "import threading\ncfg = {'opt': threading.Lock()}\ndef step(x): return cfg"

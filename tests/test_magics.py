@@ -25,18 +25,6 @@ from tfos_magic.errors import NodeError, RemoteException, RemoteFrame, SessionEr
 PACKAGE_ROOT = Path(tfos_magic.__file__).parents[1]
 
 
-@pytest.fixture
-def services() -> FakeServices:
-    return FakeServices()
-
-
-@pytest.fixture
-def shell(services: FakeServices) -> Iterator[TestingShell]:
-    with running_shell() as running:
-        magics.load(running, services)  # type: ignore[arg-type]
-        yield running
-
-
 def last_call(services: FakeServices) -> SimpleNamespace:
     return services.calls[-1]
 

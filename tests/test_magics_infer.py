@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,16 +18,9 @@ CELL = f"{LINE}\ndef predict(batch):\n    return batch['x']"
 
 
 @pytest.fixture
-def services() -> FakeServices:
-    return FakeServices()
-
-
-@pytest.fixture
-def shell(services: FakeServices) -> Iterator[TestingShell]:
-    with running_shell() as running:
-        magics.load(running, services)  # type: ignore[arg-type]
-        running.user_ns["df"] = FRAME
-        yield running
+def shell(shell: TestingShell) -> TestingShell:
+    shell.user_ns["df"] = FRAME
+    return shell
 
 
 def open_names(services: FakeServices) -> list[bool]:

@@ -6,7 +6,7 @@ import os
 import subprocess
 import textwrap
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from fake_services import FakeServices
 from runs import FILENAME, LABEL, run_cell
-from shell_fixture import TestingShell, running_shell
+from shell_fixture import TestingShell
 from test_tensorboard import logged, scalars
 
-from tfos_magic import cell, cluster, grid, magics, shipping
+from tfos_magic import cell, cluster, grid, shipping
 from tfos_magic.errors import NodeError, NodeKilledError, ShippingError, UsageError
 from tfos_magic.result import RunResult
 from tfos_magic.status import (
@@ -217,18 +217,6 @@ def test_the_result_shows_which_point_gave_what() -> None:
 
 
 # --- the magic's line ---------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def services() -> FakeServices:
-    return FakeServices()
-
-
-@pytest.fixture
-def shell(services: FakeServices) -> Iterator[TestingShell]:
-    with running_shell() as running:
-        magics.load(running, services)  # type: ignore[arg-type]
-        yield running
 
 
 LINE = '%%tfos_train --independent --grid {"rate": [0.1, 0.2], "units": [4, 8, 16]}'

@@ -357,13 +357,14 @@ class Custom(keras.Model):
         return {"loss": self.total_tracker.result()}
 
 
-def case_custom_step(ctx: Context) -> dict[str, Any]:
-    def build() -> Any:
-        model = Custom()
-        model.compile(keras.optimizers.Adam(0.01))
-        return model
+def custom() -> Any:
+    model = Custom()
+    model.compile(keras.optimizers.Adam(0.01))
+    return model
 
-    return follow(ctx, build)
+
+def case_custom_step(ctx: Context) -> dict[str, Any]:
+    return follow(ctx, custom)
 
 
 # --- how gradients travel ---------------------------------------------------------------------------------------
@@ -451,12 +452,7 @@ def case_accumulate_several_steps(ctx: Context) -> dict[str, Any]:
 
 
 def case_accumulate_custom_step(ctx: Context) -> dict[str, Any]:
-    def build() -> Any:
-        model = Custom()
-        model.compile(keras.optimizers.Adam(0.01))
-        return model
-
-    return accumulated(ctx, build)
+    return accumulated(ctx, custom)
 
 
 def case_accumulate_mixed_precision(ctx: Context) -> dict[str, Any]:
