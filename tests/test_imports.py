@@ -93,6 +93,7 @@ LAYERS = {
     "tfos_magic.training.callback_states": "executor",
     "tfos_magic.training.checkpoint_files": "executor",
     "tfos_magic.training.checkpointing": "executor",
+    "tfos_magic.training.directories": "executor",
     "tfos_magic.training.export": "executor",
     "tfos_magic.training.options": "executor",
     "tfos_magic.training.accumulation": "executor",

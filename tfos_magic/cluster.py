@@ -115,22 +115,22 @@ def run(
         try:
             cluster.run_through(data or {})
         except KeyboardInterrupt:
-            what = f"interrupted after {cluster.elapsed_s:.0f} s; {options.num_nodes} nodes stopped"
+            what = cluster.interruption
             cluster.abandon("stopped", what)
-            raise RunInterrupted("\n".join(filter(None, [what, _way_on(board)]))) from None
+            raise RunInterrupted(_lines(what, _way_on(board))) from None
         except TfosError as error:
             if attempt == options.max_restarts or stop.is_set() or not is_worth_a_restart(error):
                 cluster.abandon("stopped" if isinstance(error, RunStoppedError) else "failed", error.headline)
                 given_up = f"Given up after {attempt + 1} attempts." if attempt else ""
-                error.hint = "\n".join(filter(None, [error.hint, given_up, _way_on(board)]))
+                error.hint = _lines(error.hint, given_up, _way_on(board))
                 raise
             attempt += 1
             try:
                 cluster.give_up_attempt()
             except KeyboardInterrupt:
-                what = f"interrupted after {cluster.elapsed_s:.0f} s; {options.num_nodes} nodes stopped"
+                what = cluster.interruption
                 notify(RunEnded("stopped", what))
-                raise RunInterrupted("\n".join(filter(None, [what, _way_on(board)]))) from None
+                raise RunInterrupted(_lines(what, _way_on(board))) from None
             notify(RunRestarted(" ".join(error.headline.split()), options.max_restarts - attempt))
         except BaseException as error:
             cluster.abandon("failed", f"{type(error).__name__}: {error}")
@@ -138,6 +138,10 @@ def run(
         else:
             notify(RunEnded("done"))
             return cluster.result(board)
+
+
+def _lines(*parts: str) -> str:
+    return "\n".join(filter(None, parts))
 
 
 def _way_on(board: StatusBoard) -> str:
@@ -268,6 +272,11 @@ class Cluster:
     def elapsed_s(self) -> float:
         """Seconds since the run began."""
         return time.time() - self._began
+
+    @property
+    def interruption(self) -> str:
+        """What to say when somebody interrupts the run now."""
+        return f"interrupted after {self.elapsed_s:.0f} s; {len(self._nodes)} nodes stopped"
 
     # --- start --------------------------------------------------------------------------------------------
 

@@ -152,7 +152,7 @@ def _grid(values: Converter) -> tuple[Mapping[str, Any], ...] | None:
         return None
     for option, reason in _NOT_INDEPENDENT.items():
         if getattr(given, option):
-            raise UsageError(f"--{option.replace('_', '-')} does not go with --independent: {reason}.")
+            raise UsageError(f"{values.option(option)} does not go with --independent: {reason}.")
     grid = values.grid()
     count = values.integer_if_given("executors", least=1)
     if grid is not None and count not in (None, len(grid)):
@@ -168,7 +168,7 @@ def _training(values: Converter) -> TrainingOptions:
     if given.checkpoint is None:
         for option in ("resume", "checkpoint_every", "keep_checkpoints"):
             if getattr(given, option):
-                raise UsageError(f"--{option.replace('_', '-')} needs --checkpoint DIR: where are the checkpoints?")
+                raise UsageError(f"{values.option(option)} needs --checkpoint DIR: where are the checkpoints?")
     steps, seconds = values.steps_or_time("checkpoint_every")
     return TrainingOptions(
         checkpoint_dir=values.directory("checkpoint"),

@@ -35,11 +35,12 @@ class Converter:
         self.given = given
         self._namespace = namespace
 
-    def _option(self, name: str) -> str:
+    def option(self, name: str) -> str:
+        """Return an option as it is typed."""
         return "NAME" if name == "function" else f"--{name.replace('_', '-')}"
 
     def _complain(self, name: str, complaint: str) -> NoReturn:
-        raise UsageError(f"{self._option(name)} {short(getattr(self.given, name))}: {complaint}")
+        raise UsageError(f"{self.option(name)} {short(getattr(self.given, name))}: {complaint}")
 
     def _expanded(self, name: str) -> Any:
         """Return the value of an option that takes text: None, a str, or whatever ``{expr}`` is."""

@@ -12,6 +12,7 @@ Runs on: executors.
     checkpointing.py    one call of fit: saved as it goes on, and brought back
     callback_states.py  what callbacks remember
     checkpoint_files.py the files
+    directories.py      where the chief writes
     export.py           the trained models, where --save says
     batch_norm.py       batch normalisation with the statistics of the whole batch
     agreement.py        what nodes compare before they start
@@ -296,9 +297,10 @@ def warn_if_forgotten(ctx: Any) -> None:
 def prepare(ctx: Any) -> None:
     """Raise what can be known to be wrong before the function begins: a directory that cannot be written to."""
     if ctx.training.save_dir is not None and ctx.is_chief:
-        from tfos_magic.training.export import require_writable
+        from tfos_magic.training.directories import writable
 
-        require_writable(ctx.training.save_dir)
+        with writable(ctx.training.save_dir, "Models cannot be saved to", "--save"):
+            pass
 
 
 def save(ctx: Any, value: Any) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tfos_magic.training.exchange import Exchange, is_slices, when, wire_dtype
+from tfos_magic.training.exchange import Exchange, is_slices, weighted_slices, when, wire_dtype
 
 Tensor = Any  # tf.Tensor has no published types
 Apply = Callable[[list[Any]], Any]
@@ -101,20 +101,12 @@ class Accumulation:
                 sums.update()
             self._batches.assign(0)
 
-    def with_callback(self, callbacks: Any, model: Any) -> Any:
-        """Return the callbacks of a ``fit`` with one before them that lets each epoch end without a rest.
+    def callback(self) -> keras.callbacks.Callback:
+        """Return what lets each epoch of a ``fit`` end without a rest.
 
-        First of all, so that validation and whatever saves weights at the end of an epoch see them complete.
+        It goes first of all, so that validation and whatever saves weights at the end of an epoch see them complete.
         """
-        if self.every == 1:
-            return callbacks
-        callback = _Flush(self)
-        if isinstance(callbacks, keras.callbacks.CallbackList):
-            others = [each for each in callbacks.callbacks if not isinstance(each, _Flush)]  # of a fit before
-            callbacks.callbacks[:] = [callback, *others]
-            callback.set_model(model)
-            return callbacks
-        return [callback, *keras.tree.flatten(callbacks)] if callbacks else [callback]
+        return _Flush(self)
 
     def reset(self) -> None:
         """Forget what is in the sums, say of a fit that was interrupted."""
@@ -215,10 +207,9 @@ class _Slices:
         self._indices = tf.Variable(tf.zeros([0], tf.int64), shape=[None], trainable=False, name="slice_indices")
 
     def add(self, gradient: Any, rows: Any) -> None:
-        values = tf.cast(gradient.values, self._values.dtype)
-        values *= tf.cast(rows, values.dtype)
+        values, indices = weighted_slices(gradient, rows)
         self._values.assign(tf.concat([self._values.read_value(), values], 0))
-        self._indices.assign(tf.concat([self._indices.read_value(), tf.cast(gradient.indices, tf.int64)], 0))
+        self._indices.assign(tf.concat([self._indices.read_value(), indices], 0))
 
     def join(self, sums: _Sums, total: Tensor) -> Any:
         values, indices = sums.join(self._values.read_value(), self._indices.read_value(), total)

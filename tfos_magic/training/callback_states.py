@@ -10,11 +10,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
-import numpy as np
 
 from tfos_magic.errors import UsageError
-
-Array = np.ndarray[Any, np.dtype[Any]]
+from tfos_magic.training.checkpoint_files import Array, array_of
 
 # What Keras's callbacks remember between epochs, 3.3 to 3.15; what they are configured with is the cell's business.
 _REMEMBERED = {
@@ -55,7 +53,7 @@ def states_of(callbacks: Sequence[Any], arrays: dict[str, Array]) -> dict[str, A
         for name in _remembered_by(callback):
             value = getattr(callback, name, None)
             if isinstance(value, list):
-                arrays |= {f"callback-{label}-{name}-{i:04}": _array(each) for i, each in enumerate(value)}
+                arrays |= {f"callback-{label}-{name}-{i:04}": array_of(each) for i, each in enumerate(value)}
                 state[name] = {"arrays": len(value)}
             elif hasattr(callback, name):
                 state[name] = value if value is None or isinstance(value, bool | int) else float(value)
@@ -75,10 +73,6 @@ def _own_state(callback: Any) -> Any:
             f"What {type(callback).__name__}.state_dict() returns cannot be saved: {error}.",
             hint="Return numbers, strings, lists and dicts; float(…) and .tolist() make them of NumPy's.",
         ) from error
-
-
-def _array(values: Any) -> Array:
-    return np.array(values.numpy() if hasattr(values, "numpy") else values, copy=True, order="C")
 
 
 def restore_states(callbacks: Sequence[Any], states: dict[str, Any], arrays: dict[str, Array]) -> None:

@@ -25,7 +25,8 @@ from typing import IO, Any, cast
 import numpy as np
 import tensorflow as tf
 
-from tfos_magic.errors import TfosError, UsageError
+from tfos_magic.errors import TfosError
+from tfos_magic.training.directories import PARTIAL, writable
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -33,7 +34,6 @@ _FORMAT = "tfos_magic checkpoint"
 _VERSION = 1
 _META = "meta"
 _NAME = re.compile(r"checkpoint-(\d{10})\.npz")
-_PARTIAL = ".partial"
 
 
 class CheckpointError(TfosError):
@@ -110,20 +110,10 @@ class Directory:
         UsageError
             It cannot be written to.
         """
-        probe = posixpath.join(self.path, f"writable{_PARTIAL}")
-        try:
-            tf.io.gfile.makedirs(self.path)
-            with tf.io.gfile.GFile(probe, "wb") as file:
-                file.write(b"")
+        with writable(self.path, "Checkpoints cannot be written to", "--checkpoint"):
             for name in tf.io.gfile.listdir(self.path):
-                if name.endswith(_PARTIAL):
+                if name.endswith(PARTIAL):
                     tf.io.gfile.remove(posixpath.join(self.path, name))
-        except (tf.errors.OpError, OSError) as error:
-            raise UsageError(
-                f"Checkpoints cannot be written to {self.path}: {getattr(error, 'message', error)}",
-                cause="The directory belongs to somebody else, or its file system is not there on the chief's host.",
-                hint="--checkpoint DIR, a directory that the chief can write to.",
-            ) from error
 
     def steps(self) -> list[int]:
         """Return the steps after which there are files, oldest first; good or not."""
@@ -153,7 +143,7 @@ class Directory:
         int
             Its size in bytes.
         """
-        partial = f"{self.file(step)}{_PARTIAL}"
+        partial = f"{self.file(step)}{PARTIAL}"
         try:
             with tf.io.gfile.GFile(partial, "wb") as file:
                 checkpoint.encode(file)
@@ -180,6 +170,11 @@ class _Sink:
 
     def flush(self) -> None:
         self._out.flush()
+
+
+def array_of(values: Any) -> Array:
+    """Return a copy, which stays as it is, of a variable's or a tensor's numbers."""
+    return np.array(values.numpy() if hasattr(values, "numpy") else values, copy=True, order="C")
 
 
 def _add(archive: zipfile.ZipFile, name: str, array: Array) -> None:

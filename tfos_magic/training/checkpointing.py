@@ -6,7 +6,7 @@ Runs on: executors.
     resume ─► chief: the newest good file ─► its bytes to all nodes ─► weights, optimizer, metrics, random states,
               history, callbacks ─► the epoch, in which batches up to the step are drawn once more and not trained on
 
-Only the chief touches files. All nodes take the same decisions at the same steps, so a save costs three short messages.
+Only the chief touches files. All nodes take the same decisions at the same steps, so a save costs two short messages.
 Calls of ``fit`` are numbered as the function makes them: one that had ended before the run was killed is passed over
 with its results, and the function goes on behind it.
 """
@@ -28,10 +28,9 @@ import tensorflow as tf
 
 from tfos_magic.errors import UsageError
 from tfos_magic.training.callback_states import restore_states, states_of
-from tfos_magic.training.checkpoint_files import Checkpoint, CheckpointError, Directory
+from tfos_magic.training.checkpoint_files import Array, Checkpoint, CheckpointError, Directory, array_of
 from tfos_magic.training.ring import Ring
-
-Array = np.ndarray[Any, np.dtype[Any]]
+from tfos_magic.training.shared_step import unique
 
 _LOOK_AT_FIRST = 4  # steps after which a rate is known well enough to say when the clock is to be looked at again
 
@@ -143,8 +142,9 @@ class FitCheckpoints:
         if not self._from_chief(np.array([self._has_files()], np.int64), "checkpoints")[0]:
             return None
         build()
-        data = self._from_chief(self._newest_good(), "checkpoint")
-        self._restored = Checkpoint.decode(data.tobytes())
+        data, checkpoint = self._newest_good() if self._ctx.is_chief else (b"", None)
+        data = self._from_chief(np.frombuffer(data, np.uint8), "checkpoint").tobytes()
+        self._restored = checkpoint or Checkpoint.decode(data)
         return self._restore(self._restored, epochs)
 
     def _has_files(self) -> bool:
@@ -153,7 +153,7 @@ class FitCheckpoints:
             return False
         self._directory.prepare()
         steps = self._directory.steps()
-        if steps and not self._options.resume and not self._are_of_this_run(steps):
+        if steps and not self._options.resume and not (self._ctx.attempt and self._are_of_this_run(steps)):
             raise UsageError(
                 f"{self._directory.path} holds {_counted(len(steps))} of another run already, the newest of step "
                 f"{steps[-1]}.",
@@ -172,20 +172,19 @@ class FitCheckpoints:
                 continue
         return False
 
-    def _newest_good(self) -> Array:
-        """Return the bytes of the newest file that is whole and of this model; nothing on other nodes."""
-        if not self._ctx.is_chief:
-            return np.zeros(0, np.uint8)
+    def _newest_good(self) -> tuple[bytes, Checkpoint]:
+        """Return the newest file that is whole and of this model, as bytes and what is in them."""
         refused = []
         for step in reversed(self._directory.steps()):
             try:
                 data = self._directory.read(step)
-                self._require_this_model(Checkpoint.decode(data))
+                checkpoint = Checkpoint.decode(data)
+                self._require_this_model(checkpoint)
             except CheckpointError as error:
                 refused.append(f"{self._directory.file(step)}: {error}")
                 self._say(f"Checkpoint refused: {refused[-1]}.", logging.WARNING)
             else:
-                return np.frombuffer(data, np.uint8)
+                return data, checkpoint
         raise UsageError(
             f"None of {_counted(len(refused))} in {self._directory.path} can be used.",
             cause=";\n".join(refused),
@@ -336,12 +335,12 @@ class FitCheckpoints:
         for _ in range(count):
             next(iterator)
 
-    def end_epoch(self, epoch: int, logs: Any, *, is_stopping: bool) -> None:
-        """Save at the end of an epoch."""
+    def end_epoch(self, epoch: int, logs: Any, reported: Mapping[str, float], *, is_stopping: bool) -> None:
+        """Save at the end of an epoch; `reported` is what of its metrics the board has been told."""
         self._position = replace(self._position, epoch=epoch + 1, step=0)
         self._to_discard, self._to_replay, self._is_used_up = 0, 0, False
         self._restored = None
-        self._reported.append({"epoch": epoch + 1, "logs": _floats(logs or {})})
+        self._reported.append({"epoch": epoch + 1, "logs": dict(reported)})
         drawn = self._position.drawn * int(self._model.steps_per_execution)
         is_used_up = self._batch_count is not None and drawn >= self._batch_count
         if not self._spans_epochs or is_used_up:  # the next epoch begins a new iterator
@@ -396,8 +395,8 @@ class FitCheckpoints:
         epochs : int, optional
             The fit has ended, and these were its epochs.
         """
-        arrays = {f"variable-{i:04}": _copied(v) for i, v in enumerate(self._variables())}
-        arrays |= {f"metric-{i:04}": _copied(v) for i, v in enumerate(_metric_variables(self._model))}
+        arrays = {f"variable-{i:04}": array_of(v) for i, v in enumerate(self._variables())}
+        arrays |= {f"metric-{i:04}": array_of(v) for i, v in enumerate(_metric_variables(self._model))}
         arrays |= {f"random-{i}": np.frombuffer(state, np.uint8) for i, state in enumerate(states)}
         meta = {
             "position": asdict(self._position),
@@ -464,16 +463,13 @@ class FitCheckpoints:
     def _gather_random(self) -> list[bytes]:
         """Return the random states of all nodes, by rank."""
         mine = np.frombuffer(json.dumps({**self._random_state(), "data": self._data()}).encode(), np.uint8)
-        if self._ring is None:
-            return [mine.tobytes()]
-        lengths = self._ring.gather(np.array([mine.size], np.int64), "random states: lengths").ravel()
-        joined = self._ring.concatenate(mine, "random states")
-        return [part.tobytes() for part in np.split(joined, np.cumsum(lengths)[:-1])]
+        parts = [mine] if self._ring is None else self._ring.collect(mine, "random states")
+        return [part.tobytes() for part in parts]
 
     def _random_state(self) -> dict[str, Any]:
         kind, keys, *rest = cast("tuple[Any, ...]", np.random.get_state())
         return {
-            "seeds": [_copied(v).tolist() for v in seed_states(self._model)],
+            "seeds": [array_of(v).tolist() for v in seed_states(self._model)],
             "python": random.getstate(),
             "numpy": [kind, keys.tolist(), *rest],
         }
@@ -584,17 +580,12 @@ class _Writer:
 
 def seed_states(model: Any) -> list[Any]:
     """Return the variables in which a model's layers keep their random streams, e.g. those of Dropout."""
-    others = {id(v) for v in [*model.weights, *_metric_variables(model)]}
+    others = {id(v) for v in (*model.weights, *_metric_variables(model))}
     return [v for v in model.variables if id(v) not in others and tf.as_dtype(v.dtype).is_integer]
 
 
 def _metric_variables(model: Any) -> list[Any]:
-    found = {id(v): v for metric in model.metrics for v in metric.variables}
-    return list(found.values())
-
-
-def _copied(values: Any) -> Array:
-    return np.array(values.numpy() if hasattr(values, "numpy") else values, copy=True, order="C")
+    return unique([v for metric in model.metrics for v in metric.variables])
 
 
 def _told(position: Position) -> str:
@@ -616,10 +607,6 @@ def _unplain(value: Any) -> Any:
 
 def _counted(count: int) -> str:
     return "1 checkpoint" if count == 1 else f"{count} checkpoints"
-
-
-def _floats(values: Any) -> dict[str, float]:
-    return {name: float(value) for name, value in dict(values).items() if np.size(value) == 1}
 
 
 def _numbers_in(structure: Sequence[Sequence[Any]]) -> int:

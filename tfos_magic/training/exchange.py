@@ -159,6 +159,12 @@ def is_slices(gradient: Any) -> bool:
     return isinstance(gradient, tf.IndexedSlices)
 
 
+def weighted_slices(gradient: Any, rows: Any) -> tuple[Tensor, Tensor]:
+    """Return values, times `rows`, and indices of slices, in the dtypes in which they travel."""
+    values = tf.cast(gradient.values, wire_dtype(gradient.values.dtype))
+    return values * tf.cast(rows, values.dtype), tf.cast(gradient.indices, tf.int64)
+
+
 def wire_dtype(dtype: Any) -> Any:
     """Return the dtype that travels in place of `dtype`, None where sums make no sense."""
     dtype = tf.as_dtype(dtype)

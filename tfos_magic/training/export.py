@@ -19,32 +19,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tfos_magic.errors import UsageError
-
-_PARTIAL = ".partial"
-
-
-def require_writable(directory: str) -> None:
-    """Raise, before hours of training, if models could not be saved to `directory`.
-
-    Raises
-    ------
-    UsageError
-    """
-    import tensorflow as tf
-
-    probe = posixpath.join(directory, f"writable{_PARTIAL}")
-    try:
-        tf.io.gfile.makedirs(directory)
-        with tf.io.gfile.GFile(probe, "wb") as file:
-            file.write(b"")
-        tf.io.gfile.remove(probe)
-    except (tf.errors.OpError, OSError) as error:
-        raise UsageError(
-            f"Models cannot be saved to {directory}: {getattr(error, 'message', error)}",
-            cause="The directory belongs to somebody else, or its file system is not there on the chief's host.",
-            hint="--save DIR, a directory that the chief can write to.",
-        ) from error
+from tfos_magic.training.directories import PARTIAL
 
 
 def save_models(models: Sequence[Any], directory: str, tell: Callable[[str, int], None]) -> None:
@@ -82,8 +57,8 @@ def _save_keras(model: Any, made: str, target: str) -> None:
     import tensorflow as tf
 
     model.save(made)
-    tf.io.gfile.copy(made, target + _PARTIAL, overwrite=True)
-    tf.io.gfile.rename(target + _PARTIAL, target, overwrite=True)
+    tf.io.gfile.copy(made, target + PARTIAL, overwrite=True)
+    tf.io.gfile.rename(target + PARTIAL, target, overwrite=True)
 
 
 def _save_serving(model: Any, made: str, target: str) -> None:
@@ -91,7 +66,7 @@ def _save_serving(model: Any, made: str, target: str) -> None:
 
     quiet = {"verbose": False} if "verbose" in inspect.signature(model.export).parameters else {}
     model.export(made, **quiet)
-    partial = target + _PARTIAL
+    partial = target + PARTIAL
     if tf.io.gfile.exists(partial):
         tf.io.gfile.rmtree(partial)
     for folder, _, files in os.walk(made):

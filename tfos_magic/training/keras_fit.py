@@ -49,7 +49,7 @@ from tfos_magic.training.agreement import Plan, Structure, compare_plans, compar
 from tfos_magic.training.checkpointing import FitCheckpoints, seed_states
 from tfos_magic.training.exchange import Exchange, wire_dtype
 from tfos_magic.training.ring import Ring
-from tfos_magic.training.shared_step import SharedStep, Step, optimizers_of, rehearse
+from tfos_magic.training.shared_step import SharedStep, Step, optimizers_of, rehearse, unique
 
 _log = logging.getLogger(__name__)
 # A feed's length is known only at its end, and the end of an epoch is then news to Keras, not a mistake.
@@ -70,7 +70,7 @@ class KerasFit:
     ring : Ring or None
         None for a single node: then only the reporting is added.
     ctx : NodeContext
-        Its ``is_chief``, ``report`` and ``report_epoch`` are used.
+        The node's: who it is, what the line says of training, and where reports go.
     number : int
         Which of this process's distributed models this is, from 0.
     fit_numbers : iterator of int
@@ -132,9 +132,11 @@ class KerasFit:
         if isinstance(call.arguments.get("x"), tf.data.Dataset):
             call.arguments.setdefault("shuffle", False)  # Keras ignores it, but newer ones warn about their own default
         self._leave_files_to_chief(call)
-        call.arguments["callbacks"] = self._accumulation.with_callback(call.arguments.get("callbacks"), self.model)
-        callback = _FitCallback(self, call.arguments)
-        call.arguments["callbacks"] = _with_callback(call.arguments.get("callbacks"), callback, self.model)
+        callbacks = call.arguments.get("callbacks")
+        last = _FitCallback(self, callbacks, call.arguments)
+        if self._accumulation.every > 1:
+            callbacks = _with_callback(callbacks, self._accumulation.callback(), self.model, is_first=True)
+        call.arguments["callbacks"] = _with_callback(callbacks, last, self.model)
         self._data = tuple(call.arguments.get(name) for name in ("x", "y", "sample_weight"))
         self._is_fitting = self.has_fitted = True
         try:
@@ -332,7 +334,7 @@ class KerasFit:
         found = list(self.model.weights)
         for optimizer in optimizers_of(self.model):
             found += optimizer.variables
-        return list({id(v): v for v in found}.values())
+        return unique(found)
 
     def _share_weights(self) -> None:
         """Set the variables that were not yet set in this fit to node 0's values."""
@@ -376,15 +378,14 @@ class KerasFit:
         callbacks = call.arguments.get("callbacks")
         if self.ctx.is_chief or not callbacks:
             return
-        is_list = isinstance(callbacks, keras.callbacks.CallbackList)
-        given = callbacks.callbacks if is_list else keras.tree.flatten(callbacks)
+        given = _each_of(callbacks)
         writers = tuple(getattr(keras.callbacks, name) for name in _WRITERS if hasattr(keras.callbacks, name))
         kept = [callback for callback in given if not isinstance(callback, writers)]
         if len(kept) == len(given):
             return
         left_out = ", ".join(type(callback).__name__ for callback in given if isinstance(callback, writers))
         _log.info("Left out on %s:%d, the chief writes for all: %s", self.ctx.job_name, self.ctx.task_index, left_out)
-        if is_list:
+        if isinstance(callbacks, keras.callbacks.CallbackList):
             callbacks.callbacks[:] = kept
         else:
             call.arguments["callbacks"] = kept
@@ -479,10 +480,12 @@ class _FitCallback(keras.callbacks.Callback):  # type: ignore[misc]  # Keras pub
     async_safe = True
     """Newer Keras may call batch ends from another thread; nothing here minds."""
 
-    def __init__(self, owner: KerasFit, arguments: Mapping[str, Any]) -> None:
+    def __init__(self, owner: KerasFit, callbacks: Any, arguments: Mapping[str, Any]) -> None:
         super().__init__()
         self._owner = owner
-        self._arguments = dict(arguments)
+        self._others = [each for each in _each_of(callbacks) if not isinstance(each, _FitCallback)]
+        self._initial_epoch = int(arguments.get("initial_epoch") or 0)
+        self._spans_epochs = arguments.get("steps_per_epoch") is not None
         self._next_report = 0.0
         self._steps_done = 0
         self._batches_seen = 0
@@ -490,15 +493,13 @@ class _FitCallback(keras.callbacks.Callback):  # type: ignore[misc]  # Keras pub
 
     def on_train_begin(self, logs: Any = None) -> None:
         params = self.params or {}
-        given = self._arguments.get("callbacks")
-        others = given.callbacks if isinstance(given, keras.callbacks.CallbackList) else keras.tree.flatten(given or [])
         self._epochs = int(params.get("epochs") or 1)
         self._steps_done = self._owner.begin_fit(
             params.get("steps"),
             self._epochs,
-            int(self._arguments.get("initial_epoch") or 0),
-            [callback for callback in others if callback is not self],
-            spans_epochs=self._arguments.get("steps_per_epoch") is not None,
+            self._initial_epoch,
+            self._others,
+            spans_epochs=self._spans_epochs,
         )
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
@@ -518,10 +519,11 @@ class _FitCallback(keras.callbacks.Callback):  # type: ignore[misc]  # Keras pub
         self._batches_seen = 0
         if logs and "loss" in logs:  # the throttled reports have most likely missed the last step
             self._owner.ctx.report(step=self._steps_done, loss=float(logs["loss"]))
-        self._owner.ctx.report_epoch(epoch + 1, _numbers(logs or {}))
+        numbers = _numbers(logs or {})
+        self._owner.ctx.report_epoch(epoch + 1, numbers)
         self._owner.end_epoch()
         if self._owner.checkpoints is not None:
-            self._owner.checkpoints.end_epoch(epoch, logs, is_stopping=self._owner.model.stop_training)
+            self._owner.checkpoints.end_epoch(epoch, logs, numbers, is_stopping=self._owner.model.stop_training)
 
     def on_train_end(self, logs: Any = None) -> None:
         self._owner.end_fit()
@@ -529,14 +531,23 @@ class _FitCallback(keras.callbacks.Callback):  # type: ignore[misc]  # Keras pub
             self._owner.checkpoints.end(self._epochs)
 
 
-def _with_callback(callbacks: Any, callback: Any, model: Any) -> Any:
+def _with_callback(callbacks: Any, callback: Any, model: Any, *, is_first: bool = False) -> Any:
+    """Return the callbacks of a ``fit`` with one more, before or behind the others."""
+    others = [each for each in _each_of(callbacks) if type(each) is not type(callback)]  # of a fit before this one
+    joined = [callback, *others] if is_first else [*others, callback]
+    if not isinstance(callbacks, keras.callbacks.CallbackList):
+        return joined
+    callbacks.callbacks[:] = joined
+    callback.set_model(model)
+    callback.set_params(getattr(callbacks, "params", None) or {})  # Keras 3.3 sets none when there are none
+    return callbacks
+
+
+def _each_of(callbacks: Any) -> list[Any]:
+    """Return the callbacks, in whichever way ``fit`` was given them."""
     if isinstance(callbacks, keras.callbacks.CallbackList):
-        mine = [c for c in callbacks.callbacks if not isinstance(c, _FitCallback)]  # it may have served a fit before
-        callbacks.callbacks[:] = [*mine, callback]
-        callback.set_model(model)
-        callback.set_params(getattr(callbacks, "params", None) or {})  # Keras 3.3 sets none when there are none
-        return callbacks
-    return [*keras.tree.flatten(callbacks), callback] if callbacks else [callback]
+        return list(callbacks.callbacks)
+    return keras.tree.flatten(callbacks) if callbacks else []
 
 
 def _numbers(logs: Any) -> dict[str, float]:
@@ -584,7 +595,7 @@ def _specs_of(x: Any, y: Any, sample_weight: Any) -> Any:
     """
     if isinstance(x, tf.data.Dataset):
         return x.element_spec
-    if x is None or any(isinstance(each, keras.utils.PyDataset) or inspect.isgenerator(each) for each in (x,)):
+    if x is None or isinstance(x, keras.utils.PyDataset) or inspect.isgenerator(x):
         raise UsageError(
             f"--checkpoint: a fit on a {type(x).__name__} could not be resumed, its place in the data is unknown.",
             hint="Give fit ctx.dataset(…), a tf.data.Dataset or arrays.",

@@ -222,12 +222,21 @@ class Ring:
 
     def concatenate(self, values: Array, label: str) -> Array:
         """Return every node's `values` one after the other, in ring order; their lengths may differ."""
+        return self._join(values, label)[0]
+
+    def collect(self, values: Array, label: str) -> list[Array]:
+        """Return every node's `values`, in ring order; their lengths may differ."""
+        joined, counts = self._join(values, label)
+        return np.split(joined, np.cumsum(counts)[:-1])
+
+    def _join(self, values: Array, label: str) -> tuple[Array, Array]:
+        """Return every node's `values` one after the other, and how many are whose."""
         counts = self.gather(np.array([len(values)], np.int64), f"{label}: lengths").ravel()
         start = int(counts[: self.plan.rank].sum())
         joined: Array = np.zeros((int(counts.sum()), *values.shape[1:]), values.dtype)
         joined[start : start + len(values)] = values
         # Sums with zeros: twice what passing the parts around would move, and one algorithm less.
-        return self.all_reduce(joined.reshape(-1), label).reshape(joined.shape)
+        return self.all_reduce(joined.reshape(-1), label).reshape(joined.shape), counts
 
     @contextlib.contextmanager
     def _failing(self, label: str) -> Iterator[None]:

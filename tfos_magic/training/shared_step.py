@@ -24,7 +24,7 @@ import tensorflow as tf
 from tfos_magic.errors import UsageError
 from tfos_magic.training.accumulation import Accumulation
 from tfos_magic.training.batch_norm import shared_moments, synchronised_layers
-from tfos_magic.training.exchange import Exchange, is_slices, when, wire_dtype
+from tfos_magic.training.exchange import Exchange, is_slices, weighted_slices, when, wire_dtype
 
 Tensor = Any  # tf.Tensor has no published types
 Step = Callable[[Any], Any]
@@ -146,9 +146,7 @@ class SharedStep:
         return when(True if self._surely_has_rows else total > 0, lambda: update.apply(averaged))
 
     def _join_slices(self, gradient: Any, total: Tensor, label: str) -> Any:
-        values = tf.cast(gradient.values, wire_dtype(gradient.values.dtype))
-        values *= tf.cast(self._rows, values.dtype)
-        indices = tf.cast(gradient.indices, tf.int64)
+        values, indices = weighted_slices(gradient, self._rows)
         if not self._surely_has_rows:
             count = tf.where(tf.convert_to_tensor(self._rows) > 0, tf.shape(indices)[0], 0)
             values, indices = values[:count], indices[:count]
