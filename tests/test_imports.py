@@ -95,6 +95,7 @@ LAYERS = {
     "tfos_magic.training.checkpointing": "executor",
     "tfos_magic.training.directories": "executor",
     "tfos_magic.training.export": "executor",
+    "tfos_magic.training.neighbours": "executor",
     "tfos_magic.training.options": "executor",
     "tfos_magic.training.accumulation": "executor",
     "tfos_magic.training.agreement": "executor",

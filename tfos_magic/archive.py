@@ -46,6 +46,7 @@ _SOURCE_ONLY = frozenset(
     {"TFCluster", "TFParallel", "cluster", "dfutil", "failures", "feeding", "inference", "java", "jobs", "launching"}
     | {"members", "namedtuple_jobs", "namedtuple_session", "pipeline", "pipeline_files", "pipeline_params", "pynvml"}
     | {"queues", "result", "roles", "session", "background", "logbook", "scalars", "tensorboard_server"}
+    | {"briefing", "prepare", "tasks"}
 )
 """What an executor imports seldom or never goes without bytecode."""
 

@@ -66,7 +66,7 @@ def average(
     total = 0.0
     for dtype, travels, members in _messages(arrays, len(gradients), wire):
         averaged = [index for index in members if index < averaged_count]
-        slots, buffer = _slots([arrays[index].shape for index in members], dtype)
+        slots, buffer = _slots(ring, [arrays[index].shape for index in members], dtype)
         for index, slot in zip(members, slots, strict=True):
             if rows <= 0:
                 slot[...] = 0
@@ -93,7 +93,7 @@ def _messages(
         yield dtype, travels, members
 
 
-def _slots(shapes: Sequence[tuple[int, ...]], dtype: np.dtype[Any]) -> tuple[list[Array], Array]:
+def _slots(ring: Ring, shapes: Sequence[tuple[int, ...]], dtype: np.dtype[Any]) -> tuple[list[Array], Array]:
     """Return an array per shape, all of them in one buffer, and that."""
     spans, end = [], 0
     for shape in shapes:
@@ -101,7 +101,7 @@ def _slots(shapes: Sequence[tuple[int, ...]], dtype: np.dtype[Any]) -> tuple[lis
         begin = end + (-end % (_ALIGNED // dtype.itemsize) if size >= _LARGE else 0)
         spans.append((end, begin, begin + size))
         end = begin + size
-    raw = np.empty(end * dtype.itemsize + _ALIGNED, np.uint8)
+    raw = ring.empty(end * dtype.itemsize + _ALIGNED, np.uint8)
     skipped = -raw.ctypes.data % _ALIGNED
     buffer = raw[skipped : skipped + end * dtype.itemsize].view(dtype)
     for previous_end, begin, _ in spans:

@@ -7,7 +7,8 @@ Runs on: executors.
       all-gather:     n-1 steps, each node ends with all of it
 
 This moves ``2 (n-1)/n`` of the array per node, the least that any all-reduce can. Each part is summed on one node and
-copied to the others, so all nodes end with the same bits.
+copied to the others, so all nodes end with the same bits. Between two nodes of one host only a note of where the
+numbers are goes over the connection, and the neighbour reads them there (neighbours.py).
 
 Why not TensorFlow's own collectives: they must be configured before TensorFlow runs its first operation, but
 ``ctx.distribute(model)`` comes after the model is made; between two processes on a CPU they took 1.1 ms for one number
@@ -39,6 +40,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tfos_magic.errors import RendezvousError, StalledError, TfosError
+from tfos_magic.training.neighbours import OFFER, PLACE, SHARED_FROM_BYTES, Lender, Window
 
 Array = npt.NDArray[Any]
 
@@ -51,6 +53,8 @@ _RANK = struct.Struct("<I")
 _GREETING_S = 5.0
 """How long a connection may take to say who it is."""
 _RETRY_S = 0.05
+_SEEN, _NOT_SEEN = b"\1", b"\0"
+"""What a node answers to the previous one: it can see its memory, and has read all that it was shown; or it cannot."""
 
 
 class PeerLostError(TfosError):
@@ -108,22 +112,43 @@ class Ring:
     plan : RingPlan
     to_next, from_previous : socket.socket
         Connected; the ring owns them from now on.
+    lender : Lender, optional
+        The memory that the next node reads; without, it is sent the bytes.
+    window : Window, optional
+        On the previous node's memory; without, that node sends the bytes.
+
+    Attributes
+    ----------
+    bytes_sent : int
+        What the next node was given, over the connection or by showing it where it is.
+    failure : TfosError or None
+        What ended the ring.
     """
 
-    def __init__(self, plan: RingPlan, to_next: socket.socket, from_previous: socket.socket) -> None:
+    def __init__(
+        self,
+        plan: RingPlan,
+        to_next: socket.socket,
+        from_previous: socket.socket,
+        lender: Lender | None = None,
+        window: Window | None = None,
+    ) -> None:
         self.plan = plan
         self.bytes_sent = 0
         self.failure: TfosError | None = None
         self._next = to_next
         self._previous = from_previous
+        self._lender = lender
+        self._window = window
         self._sequence = 0
         self._label = ""
         self._outgoing: deque[memoryview] = deque()
+        self._shows = self._sees = False  # large chunks of the collective that is going on
         for link in (to_next, from_previous):
             _tune(link)
 
     @classmethod
-    def connect(cls, plan: RingPlan, *, timeout_s: float = 600.0) -> Ring:
+    def connect(cls, plan: RingPlan, *, timeout_s: float = 600.0, shares_memory: bool = True) -> Ring:
         """Meet both neighbours.
 
         Parameters
@@ -131,6 +156,8 @@ class Ring:
         plan : RingPlan
         timeout_s : float
             How long to wait for them.
+        shares_memory : bool
+            Whether the next node may read this one's memory, where both are on one host.
 
         Raises
         ------
@@ -146,7 +173,8 @@ class Ring:
             caller = doorman.submit(_accept, plan, deadline, listener)
             to_next = undo.enter_context(_dial(plan, deadline))
             from_previous = undo.enter_context(caller.result())
-            ring = cls(plan, to_next, from_previous)
+            ring = cls(plan, to_next, from_previous, *_share(plan, deadline, to_next, from_previous, shares_memory))
+            undo.callback(ring.close)
             ring.all_reduce(np.ones(1, np.int64), "meeting")
             undo.pop_all()
             _wake(listener)
@@ -156,8 +184,19 @@ class Ring:
 
     def close(self) -> None:
         """Close both connections; the neighbours then get a :class:`PeerLostError` if they still need this node."""
-        self._next.close()
-        self._previous.close()
+        for resource in (self._next, self._previous, self._lender, self._window):
+            if resource is not None:
+                resource.close()
+
+    def empty(self, size: int, dtype: Any) -> Array:
+        """Return an array, one-dimensional, of undefined numbers; where the next node can read it, if it is large.
+
+        What is to be averaged or summed may lie anywhere, but from here it need not be copied.
+        """
+        dtype = np.dtype(dtype)
+        if self._lender is None or size * dtype.itemsize < SHARED_FROM_BYTES:
+            return np.empty(size, dtype)
+        return self._lender.empty(size * dtype.itemsize).view(dtype)
 
     # --- collectives ------------------------------------------------------------------------------------------
 
@@ -178,7 +217,8 @@ class Ring:
         StalledError
             A neighbour is at another place of the program.
         """
-        total = np.array(values, copy=True, order="C")
+        total = self.empty(values.size, values.dtype)
+        total[...] = values
         with self._failing(label):
             self._all_reduce(total, label)
         return total
@@ -233,10 +273,14 @@ class Ring:
         """Return every node's `values` one after the other, and how many are whose."""
         counts = self.gather(np.array([len(values)], np.int64), f"{label}: lengths").ravel()
         start = int(counts[: self.plan.rank].sum())
-        joined: Array = np.zeros((int(counts.sum()), *values.shape[1:]), values.dtype)
+        shape = (int(counts.sum()), *values.shape[1:])
+        joined = self.empty(int(np.prod(shape)), values.dtype).reshape(shape)
+        joined[...] = 0
         joined[start : start + len(values)] = values
         # Sums with zeros: twice what passing the parts around would move, and one algorithm less.
-        return self.all_reduce(joined.reshape(-1), label).reshape(joined.shape), counts
+        with self._failing(label):
+            self._all_reduce(joined.reshape(-1), label)
+        return joined, counts
 
     @contextlib.contextmanager
     def _failing(self, label: str) -> Iterator[None]:
@@ -258,36 +302,56 @@ class Ring:
         self, total: Array, label: str, weight: float = 0.0, averaged: int = 0, wire: np.dtype[Any] | None = None
     ) -> float:
         size, rank = self.plan.size, self.plan.rank
+        is_large = total.size // size * (wire or total.dtype).itemsize >= SHARED_FROM_BYTES
+        self._shows, self._sees = is_large and self._lender is not None, is_large and self._window is not None
+        work = self._showable(total) if wire is None else total
         bounds = np.linspace(0, total.size, size + 1).astype(int)
-        chunks = [total[bounds[i] : bounds[i + 1]] for i in range(size)]
+        chunks = [work[bounds[i] : bounds[i + 1]] for i in range(size)]
         weights = np.full(size, weight, np.float64)  # of those whose numbers are in the chunk
         self._announce(total, label, wire)
+        travelling = chunks if wire is None else [self.empty(chunk.size, wire) for chunk in chunks]
         for step in range(size - 1):
             sent, mine = (rank - step) % size, (rank - step - 1) % size
-            self._send(weights[sent : sent + 1], chunks[sent] if wire is None else chunks[sent].astype(wire))
+            if wire is not None:
+                travelling[sent][...] = chunks[sent]
+            self._send(weights[sent : sent + 1])
+            self._send_chunk(travelling[sent])
             if step == 0:
                 self._check_announcement(total, label, wire)
             self._add(weights[mine : mine + 1])
-            self._add(chunks[mine], wire)
+            self._add_chunk(chunks[mine], wire)
         own = (rank + 1) % size
         share = chunks[own][: max(0, averaged - int(bounds[own]))]
         if weights[own] and share.size:
             np.divide(share, share.dtype.type(weights[own]), out=share)
-        self._pass_around(chunks, own, wire)
-        return float(weights[own])
-
-    def _pass_around(self, chunks: list[Array], own: int, wire: np.dtype[Any] | None) -> None:
-        """Give the chunk that is summed here to all, and get theirs; all nodes take the bits that have travelled."""
-        travelling = chunks if wire is None else [np.empty(chunk.size, wire) for chunk in chunks]
         if wire is not None:
             travelling[own][...] = chunks[own]
-        for step in range(self.plan.size - 1):
-            self._send(travelling[(own - step) % self.plan.size])
-            self._receive(travelling[(own - step - 1) % self.plan.size])
-        self._flush()
+        self._pass_around(travelling, own)
         if wire is not None:
             for chunk, bits in zip(chunks, travelling, strict=True):
-                chunk[...] = bits
+                chunk[...] = bits  # all nodes take what has travelled, also who summed it
+        if work is not total:
+            total[...] = work
+        return float(weights[own])
+
+    def _showable(self, values: Array) -> Array:
+        """Return `values`, or a copy where the next node can read it, if it is to."""
+        if not self._shows or self._lender is None or self._lender.place_of(values) is not None:
+            return values
+        copy = self.empty(values.size, values.dtype)
+        copy[...] = values
+        return copy
+
+    def _pass_around(self, chunks: list[Array], own: int) -> None:
+        """Give the chunk that is summed here to all, and get theirs; return when nobody needs these arrays any more."""
+        for step in range(self.plan.size - 1):
+            self._send_chunk(chunks[(own - step) % self.plan.size])
+            self._receive_chunk(chunks[(own - step - 1) % self.plan.size])
+        if self._sees:
+            self._previous.send(_SEEN)
+        self._flush()
+        if self._shows:
+            self._await_seen()
 
     # --- messages ---------------------------------------------------------------------------------------------
 
@@ -319,8 +383,54 @@ class Ring:
             "or on the chief use a copy: keras.models.clone_model(model) with model.get_weights().",
         )
 
-    def _send(self, *arrays: Array) -> None:
-        self._outgoing += [_bytes_of(values) for values in arrays if values.size]
+    # A chunk is shown to a neighbour on this host, if it is large, and sent to any other.
+
+    def _send_chunk(self, chunk: Array) -> None:
+        place = self._lender.place_of(chunk) if self._shows and self._lender is not None else None
+        if place is None:
+            self._send(chunk)
+            return
+        self._outgoing.append(memoryview(place))
+        self.bytes_sent += chunk.nbytes
+        self._push()
+
+    def _add_chunk(self, mine: Array, wire: np.dtype[Any] | None) -> None:
+        dtype = wire or mine.dtype
+        if self._sees:
+            np.add(mine, self._seen(mine.size * dtype.itemsize).view(dtype), out=mine)
+        else:
+            self._add(mine, dtype)
+
+    def _receive_chunk(self, chunk: Array) -> None:
+        if self._sees:
+            np.copyto(chunk.view(np.uint8), self._seen(chunk.nbytes))
+        else:
+            self._receive(chunk)
+
+    def _seen(self, count_bytes: int) -> Array:
+        """Return the next bytes that the previous node shows."""
+        place = np.empty(PLACE.size, np.uint8)
+        self._receive(place)
+        assert self._window is not None
+        return self._window.view(place.tobytes(), count_bytes)
+
+    def _await_seen(self) -> None:
+        """Wait until the next node has read all that it was shown."""
+        while True:
+            try:
+                answer = self._next.recv(1)
+            except BlockingIOError:
+                poll = select.poll()
+                poll.register(self._next, select.POLLIN)
+                poll.poll()
+                continue
+            if not answer:
+                raise self._lost(self.plan.neighbour(1), self._label)
+            return
+
+    def _send(self, values: Array) -> None:
+        if values.size:
+            self._outgoing.append(_bytes_of(values))
         self._push()
 
     def _push(self) -> None:
@@ -353,9 +463,9 @@ class Ring:
                 raise self._lost(self.plan.neighbour(-1), self._label)
             view = view[count:]
 
-    def _add(self, mine: Array, wire: np.dtype[Any] | None = None) -> None:
+    def _add(self, mine: Array, dtype: Any = np.float64) -> None:
         """Add what the previous node sends."""
-        spare = np.empty(min(mine.size, _SEGMENT), wire or mine.dtype)
+        spare = np.empty(min(mine.size, _SEGMENT), dtype)
         for start in range(0, mine.size, _SEGMENT):
             part = mine[start : start + _SEGMENT]
             theirs = spare[: part.size]
@@ -410,6 +520,30 @@ def _tune(link: socket.socket) -> None:
 def _split(address: str) -> tuple[str, int]:
     host, _, port = address.rpartition(":")
     return host.strip("[]"), int(port)
+
+
+def _share(
+    plan: RingPlan, deadline: float, to_next: socket.socket, from_previous: socket.socket, wants: bool
+) -> tuple[Lender | None, Window | None]:
+    """Offer this node's memory to the next one, and look at what the previous one offers."""
+    lender = Lender() if wants else None
+    window = None
+    try:
+        for link in (to_next, from_previous):
+            link.settimeout(max(0.01, deadline - time.monotonic()))
+        to_next.sendall(OFFER.pack(0, 0, b"") if lender is None else lender.offer)
+        offer = _read(from_previous, OFFER.size)
+        window = Window.open(offer) if wants else None
+        from_previous.sendall(_NOT_SEEN if window is None else _SEEN)
+        if _read(to_next, 1) != _SEEN and lender is not None:
+            lender.close()
+            lender = None
+        return lender, window
+    except (OSError, EOFError) as error:
+        for resource in (lender, window):
+            if resource is not None:
+                resource.close()
+        raise _nobody(plan, plan.neighbour(1), str(error) or "it hung up") from error
 
 
 def _listen(plan: RingPlan) -> socket.socket:
