@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import textwrap
 import threading
 import time
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from tfos_magic.errors import (
 )
 from tfos_magic.status import Event, MetricsReported, NodeChanged, NodeLogged, NodeState, RunEnded, StatusBoard
 
+HERE = os.path.dirname(__file__)
 Script = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
@@ -178,6 +180,27 @@ def test_the_child_is_a_fresh_interpreter_with_the_patch_prevented(spark_local4:
 def test_sparks_leaks_are_not_in_the_childs_environment(spark_local4: Any) -> None:
     body = "import os\n{name for name in os.environ if name.startswith(('PYTHON_WORKER_FACTORY', 'PYTHONHASHSEED'))}"
     assert run_cell(spark_local4, body, 1).values == [set()]
+
+
+THREADS = "import os\n(len(os.sched_getaffinity(0)), os.environ.get('TF_NUM_INTRAOP_THREADS'))"
+
+
+def test_nodes_of_one_host_divide_its_cores(spark_local4: Any) -> None:
+    (alone,) = run_cell(spark_local4, THREADS, 1).values
+    assert alone[1] is None, "TensorFlow knows best"
+    for cores, threads in run_cell(spark_local4, THREADS, 3).values:
+        assert int(threads) == -(-cores // 3)
+
+
+@pytest.mark.slow
+def test_the_user_says_on_how_many_cores_nodes_compute(spark_script: Script) -> None:
+    code = f"""
+    from pyspark.sql import SparkSession
+    from runs import run_cell
+    print(run_cell(SparkSession.builder.getOrCreate(), {THREADS!r}, 2).values)
+    """
+    conf = {"spark.executorEnv.TF_NUM_INTRAOP_THREADS": "7"}
+    assert spark_script(textwrap.dedent(code), conf=conf, env={"PYTHONPATH": HERE}).stdout.count("'7'") == 2
 
 
 def test_too_few_slots_is_an_error_at_once_with_numbers(spark_local4: Any) -> None:

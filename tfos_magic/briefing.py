@@ -54,12 +54,15 @@ class Briefing:
         for node in self._nodes:  # node 0 first: it leads the others, who wait a second if it is late
             environment = {"TF_CONFIG": roles.tf_config(node.role, spec), "TF_GRPC_REUSE_PORT": "true"}
             is_coordinator = node.index == 0 and any(self.is_server(other.role) for other in self._nodes)
-            self._send(node, spec, environment, is_chief=node.index == 0, is_coordinator=is_coordinator)
+            nodes_on_host = sum(other.host == node.host for other in self._nodes)
+            fields = {"is_coordinator": is_coordinator, "nodes_on_host": nodes_on_host}
+            self._send(node, spec, environment, is_chief=node.index == 0, **fields)
 
     def send_alone(self, node: Member) -> None:
         """Let a node begin as the whole of a cluster."""
         spec = roles.cluster_spec([node.role], [node.address])
-        self._send(node, spec, {}, task_index=0, is_chief=True, is_coordinator=False)
+        # Which others will share its host is not known yet, and its results should not depend on that.
+        self._send(node, spec, {}, task_index=0, is_chief=True, is_coordinator=False, nodes_on_host=1)
 
     def _send(self, node: Member, spec: dict[str, list[str]], environment: dict[str, str], **fields: Any) -> None:
         options, fed = self._options, self.fed_nodes

@@ -61,6 +61,7 @@ def _live(config: dict[str, Any], payload_fd: int, link: Link) -> None:
     link.send("state", state="MEETING")
     start = link.wait_start()
     os.environ.update(start["environment"])
+    _share_cores(start["nodes_on_host"])
     times["met"] = time.time()
     try:
         from tfos_magic import shipping, training
@@ -86,6 +87,17 @@ def _live(config: dict[str, Any], payload_fd: int, link: Link) -> None:
     link.send_blob("result", blob)
     if training.is_serving():
         link.send("state", state="RUNNING")  # the function is over, the server is not
+
+
+def _share_cores(nodes_on_host: int) -> None:
+    """Let TensorFlow compute on this node's part of the cores, unless the user has said on how many.
+
+    By itself it takes all of them in each process, and nodes that wait for each other at every step then mostly wait
+    for a core. It reads the variable when it first computes.
+    """
+    if nodes_on_host > 1:
+        threads = -(-len(os.sched_getaffinity(0)) // nodes_on_host)
+        os.environ.setdefault("TF_NUM_INTRAOP_THREADS", str(threads))
 
 
 def _seed(seed: int | None, index: int) -> None:
