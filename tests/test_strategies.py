@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import subprocess
 import textwrap
 import threading
@@ -19,7 +20,14 @@ from shell_fixture import TestingShell
 from test_tensorboard import logged, scalars
 
 from tfos_magic import cell, cluster, grid, shipping
-from tfos_magic.errors import NodeError, NodeKilledError, ShippingError, UsageError
+from tfos_magic.errors import (
+    NodeError,
+    NodeKilledError,
+    RunInterrupted,
+    RunStoppedError,
+    ShippingError,
+    UsageError,
+)
 from tfos_magic.result import RunResult
 from tfos_magic.status import (
     Event,
@@ -45,7 +53,15 @@ def readme_cell(first_line: str) -> str:
     return block.partition("\n")[2]
 
 
-def run_grid(spark: Any, body: str, points: Sequence[dict[str, Any]], **options: Any) -> RunResult:
+def run_grid(
+    spark: Any,
+    body: str,
+    points: Sequence[dict[str, Any]],
+    *,
+    stop: threading.Event | None = None,
+    on_event: Callable[[Event], None] | None = None,
+    **options: Any,
+) -> RunResult:
     """Run a cell's text at each point, as ``%%tfos_train --independent --grid`` does."""
     function = cell.map_function(textwrap.dedent(body).strip(), {}, filename=FILENAME, label=LABEL)
     payload = shipping.pack(function, args=SimpleNamespace(epochs=3, rate=0.5), grid=tuple(points))
@@ -57,7 +73,7 @@ def run_grid(spark: Any, body: str, points: Sequence[dict[str, Any]], **options:
         grid=tuple(points),
         **{"preload": (), "timeout_s": 120.0, **options},
     )
-    return cluster.run(spark, payload, chosen, cell_names={FILENAME: LABEL})
+    return cluster.run(spark, payload, chosen, cell_names={FILENAME: LABEL}, stop=stop, on_event=on_event)
 
 
 def body_of(text: str) -> str:
@@ -94,6 +110,53 @@ def test_the_node_that_fails_is_named_with_its_point(spark_local4: Any) -> None:
         run_grid(spark_local4, body, [{"rate": 0.1, "units": units} for units in (4, 8)])
     assert caught.value.node == "worker:1"
     assert run_cell(spark_local4, "ctx.executor_id", 2).values == [0, 1]
+
+
+def test_a_point_that_fails_leaves_the_others_and_their_values(spark_local4: Any) -> None:
+    body = """
+    import os, signal, time
+    if args.n == 1:
+        raise ValueError("one")
+    if args.n == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(1)
+    print("still here")
+    {"n": args.n}
+    """
+    with pytest.raises(NodeError, match=r"worker:1 \(n=1\) on .* raised ValueError") as caught:
+        run_grid(spark_local4, body, [{"n": n} for n in range(8)])
+    assert "2 of 8 points failed; the others are done." in str(caught.value)
+    assert "worker:2 (n=2) failed too" in str(caught.value)
+    found = caught.value.partial
+    assert found is not None
+    assert found.values == [None if n in (1, 2) else {"n": n} for n in range(8)]
+    assert found.missing == {
+        "worker:1": "failed: ValueError: one",
+        "worker:2": "failed: was killed by signal 9 (SIGKILL) (out of memory?)",
+    }
+    assert "n=1  →  (failed: ValueError: one)" in repr(found)
+    assert found.logs["worker:7"][-1] == "still here"
+    states = [node.state for node in found.board.view().nodes]
+    assert states == [NodeState.FAILED if n in (1, 2) else NodeState.DONE for n in range(8)]
+    assert pickle.loads(pickle.dumps(caught.value)).partial is None
+
+
+def test_a_grid_that_is_stopped_leaves_what_was_done(spark_local4: Any) -> None:
+    stop = threading.Event()
+
+    def watch(event: Event) -> None:
+        if isinstance(event, NodeChanged) and (event.node, event.state) == ("worker:0", NodeState.DONE):
+            stop.set()
+
+    body = "import time\ntime.sleep(60 if args.n else 0)\nargs.n"
+    with pytest.raises(RunStoppedError) as caught:
+        run_grid(spark_local4, body, [{"n": n} for n in range(6)], stop=stop, on_event=watch)
+    found = caught.value.partial
+    assert found is not None
+    assert found.values == [0, *[None] * 5]
+    assert set(found.missing) == {f"worker:{n}" for n in range(1, 6)}
+    assert found.missing["worker:1"] == "stopped"
+    assert set(found.missing.values()) == {"stopped", "not begun"}
 
 
 def test_the_node_that_is_killed_is_named_with_its_point(spark_local4: Any) -> None:
@@ -231,6 +294,25 @@ def test_the_line_makes_a_node_for_each_point(shell: TestingShell, services: Fak
     _, args, point = shipping.unpack_for_node(call.payload.data, 5)
     assert (args.rate, args.units, args.epochs) == (0.2, 16, 7)
     assert point == {"rate": 0.2, "units": 16}
+
+
+@pytest.mark.parametrize("kind", [NodeError, RunInterrupted])
+@pytest.mark.parametrize("out", ["", "r"])
+def test_what_is_done_of_a_grid_is_there_after_an_error(
+    shell: TestingShell, services: FakeServices, kind: Any, out: str
+) -> None:
+    nodes: Any = tuple(SimpleNamespace(name=f"worker:{n}") for n in range(6))
+    values, why = [1, 2, None, 4, 5, 6], {"worker:2": "failed: ValueError"}
+    services.outcome = kind("It failed.") if kind is RunInterrupted else kind("It failed.", node="worker:2", host="h")
+    services.outcome.partial = RunResult(nodes, {}, {}, independent_board(), _values=values, missing=why)
+    shell.user_ns["r"] = "an older result"
+    told = shell.error_of(f"{LINE} {'--out ' * bool(out)}{out}\nargs.rate")
+    where = out or "sys.last_value.partial"
+    assert f"{where} has the values of the 5 points that are done" in told.stdout + told.stderr
+    assert f"{where}.missing says why" in told.stdout + told.stderr
+    assert (shell.user_ns["r"] is services.outcome.partial) == bool(out)
+    if not out:
+        assert shell.cell("__import__('sys').last_value.partial.values") == values
 
 
 def test_a_dry_run_names_the_points(shell: TestingShell, services: FakeServices) -> None:

@@ -25,7 +25,15 @@ from typing import TYPE_CHECKING, Any
 from tfos_magic import grid, session, tasks
 from tfos_magic.briefing import Briefing
 from tfos_magic.errors import RunInterrupted, RunStoppedError, RunTimeoutError, TfosError
-from tfos_magic.failures import Failure, describe_launch_error, error_of, exit_words, is_worth_a_restart, root_of
+from tfos_magic.failures import (
+    Failure,
+    describe_launch_error,
+    error_of,
+    exit_words,
+    is_worth_a_restart,
+    root_of,
+    summary,
+)
 from tfos_magic.feed.prepare import prepare
 from tfos_magic.feeding import Delivery
 from tfos_magic.jobs import SparkJob
@@ -54,6 +62,7 @@ if TYPE_CHECKING:
 
 _PATIENCE_S = 60.0
 _CONSEQUENCE_GRACE_S = 1.5
+_OF_ONE_POINT = ("user", "exited", "lost")  # failures that say nothing of a grid's other points
 _CLOSE_TIMEOUT_S = 15.0  # for processes to end that have been told to; on a busy machine even that takes its time
 
 
@@ -117,12 +126,15 @@ def run(
         except KeyboardInterrupt:
             what = cluster.interruption
             cluster.abandon("stopped", what)
-            raise RunInterrupted(_lines(what, _way_on(board))) from None
+            interruption = RunInterrupted(_lines(what, _way_on(board)))
+            interruption.partial = cluster.partial_result(board)
+            raise interruption from None
         except TfosError as error:
             if attempt == options.max_restarts or stop.is_set() or not is_worth_a_restart(error):
                 cluster.abandon("stopped" if isinstance(error, RunStoppedError) else "failed", error.headline)
                 given_up = f"Given up after {attempt + 1} attempts." if attempt else ""
                 error.hint = _lines(error.hint, given_up, _way_on(board))
+                error.partial = cluster.partial_result(board)
                 raise
             attempt += 1
             try:
@@ -218,6 +230,7 @@ class Cluster:
         self.queues = Queues(self, queues, options.queue_limit_bytes)
         self._queue_names = tuple(queues)
         self._failures: list[Failure] = []
+        self._failed_points: dict[int, Failure] = {}
         self._is_closing = False
         self._stop = stop or threading.Event()
         self._closed = threading.Event()
@@ -405,7 +418,8 @@ class Cluster:
             self.changed.notify_all()
 
     def _admit(self, node: Member, task: Peer) -> None:
-        refusal = CLOSING if self._is_closing else "" if node.admit(task) else TAKEN
+        is_unwanted = self._is_closing or node.index in self._failed_points
+        refusal = CLOSING if is_unwanted else "" if node.admit(task) else TAKEN
         task.send({"type": "answer", "refusal": refusal})
 
     def _welcome(self, node: Member, peer: Peer, hello: Mapping[str, Any]) -> None:
@@ -477,9 +491,14 @@ class Cluster:
     def _note(self, failure: Failure) -> bool:
         """Keep a failure; what fails once the end has begun is the end's own doing and does not count."""
         is_ending = self._is_closing or self._stop.is_set()
-        if not is_ending:
+        if is_ending:
+            return False
+        if self._options.grid is not None and failure.node is not None and failure.kind in _OF_ONE_POINT:
+            self._failed_points.setdefault(failure.node, failure)
+            self._nodes[failure.node].stop()  # the others know nothing of it: they go on, and get its slot
+        else:
             self._failures.append(failure)
-        return not is_ending
+        return True
 
     # --- wait ---------------------------------------------------------------------------------------------
 
@@ -504,7 +523,11 @@ class Cluster:
         ]
         if evaluator_grace_s is not None:
             others = [node for node in others if node not in evaluators]
-        self.wait_until(lambda: all(node.result is not None for node in others), "Running", timeout_s)
+        self.wait_until(
+            lambda: all(node.result is not None or node.index in self._failed_points for node in others),
+            "Running",
+            timeout_s,
+        )
         if evaluator_grace_s is not None and evaluators:
             until = time.monotonic() + evaluator_grace_s
             self.wait_until(
@@ -517,6 +540,8 @@ class Cluster:
             if stamps:
                 self._timings[name] = max(stamps) - self._began
         self._timings["finished"] = self.elapsed_s
+        if self._failed_points:
+            raise self._error_of_points()
 
     def wait_until(self, is_done: Callable[[], bool], purpose: str, timeout_s: float | None) -> None:
         """Wait for what nodes report; `is_done` is asked under the lock, a few times a second at least.
@@ -579,8 +604,19 @@ class Cluster:
         deadline = time.monotonic() + _CONSEQUENCE_GRACE_S
         while (root := root_of(self._failures)).is_consequence and time.monotonic() < deadline:
             self.changed.wait(deadline - time.monotonic())
+        return self._error_of(root, self._failures)
+
+    def _error_of_points(self) -> TfosError:
+        """Return the error of a grid all of whose points have ended, some of them badly."""
+        failures = list(self._failed_points.values())
+        error = self._error_of(root_of(failures), failures)
+        counted = f"{len(failures)} of {len(self._nodes)} points failed"
+        error.hint = _lines(error.hint, f"{counted}; the others are done." if len(failures) < len(self._nodes) else "")
+        return error
+
+    def _error_of(self, root: Failure, failures: Sequence[Failure]) -> TfosError:
         nodes = {node.index: (node.name, node.host) for node in self._nodes}
-        return error_of(root, self._failures, nodes, self._cell_names, self._points)
+        return error_of(root, failures, nodes, self._cell_names, self._points)
 
     # --- end ----------------------------------------------------------------------------------------------
 
@@ -643,7 +679,26 @@ class Cluster:
         infos = tuple(node.describe() for node in self._nodes)
         history = {name: list(values) for name, values in (board.view().history or board.reports()).items()}
         blobs = tuple(node.result or b"" for node in self._nodes)
-        return RunResult(infos, history, dict(self._timings), board, blobs, grid=self._options.grid)
+        missing = {node.name: self._why_missing(node) for node in self._nodes if node.result is None}
+        return RunResult(
+            infos,
+            history,
+            dict(self._timings),
+            board,
+            blobs,
+            grid=self._options.grid,
+            missing=missing if self._options.grid is not None else {},
+        )
+
+    def partial_result(self, board: StatusBoard) -> RunResult | None:
+        """Return what the points of a grid gave that were done when the run ended; None if there are none."""
+        is_worth_it = self._options.grid is not None and any(node.result is not None for node in self._nodes)
+        return self.result(board) if is_worth_it else None
+
+    def _why_missing(self, node: Member) -> str:
+        if node.index in self._failed_points:
+            return f"failed: {summary(self._failed_points[node.index])}"
+        return "stopped" if node.peer is not None else "not begun"
 
 
 def plan(spark: Any, options: RunOptions) -> list[str]:

@@ -38,7 +38,10 @@ import re
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tfos_magic.result import RunResult
 
 _LOG_LINES_SHOWN = 20
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
@@ -56,10 +59,17 @@ class TfosError(Exception):
     hint : str, optional
         The next thing to type.
 
+    Attributes
+    ----------
+    partial : RunResult or None
+        What the points of a grid gave that were done before the run ended early.
+
     Notes
     -----
     Subclasses take their further fields as keyword arguments and keep them as attributes of the same name.
     """
+
+    partial: RunResult | None = None
 
     def __init__(self, fact: str, *, cause: str = "", hint: str = "") -> None:
         super().__init__(fact)
@@ -85,7 +95,8 @@ class TfosError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Exceptions with keyword-only fields come back corrupted by default: rebuild without __init__.
-        return _rebuild, (type(self), self.args, self.__dict__.copy())
+        state = {name: value for name, value in self.__dict__.items() if name != "partial"}  # is of this process
+        return _rebuild, (type(self), self.args, state)
 
 
 def _rebuild(cls: type[TfosError], args: tuple[Any, ...], state: dict[str, Any]) -> TfosError:
@@ -189,7 +200,15 @@ class RunStoppedError(TfosError):
 
 
 class RunInterrupted(KeyboardInterrupt):
-    """The notebook was interrupted; everything of the run has been stopped."""
+    """The notebook was interrupted; everything of the run has been stopped.
+
+    Attributes
+    ----------
+    partial : RunResult or None
+        As in :class:`TfosError`.
+    """
+
+    partial: RunResult | None = None
 
     def _render_traceback_(self) -> list[str]:
         return [f"KeyboardInterrupt: {self}"]

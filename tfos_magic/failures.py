@@ -145,7 +145,7 @@ def error_of(
     name, host = nodes[index]
     where = f"{told[index]} on {host}"
     others = [
-        f"{told[other.node]} failed too, by itself: {_summary(other)}"
+        f"{told[other.node]} failed too, by itself: {summary(other)}"
         for other in failures
         if other is not root and other.node is not None and not other.is_consequence
     ][:_OTHERS_SHOWN]
@@ -190,7 +190,8 @@ def is_worth_a_restart(error: TfosError) -> bool:
     return bool(training.is_consequence(error.remote.type_name, error.remote.message))
 
 
-def _summary(failure: Failure) -> str:
+def summary(failure: Failure) -> str:
+    """Return a failure in a line."""
     if failure.remote is not None:
         return f"{failure.remote.type_name}: {failure.remote.message}"[:200]
     return exit_words(failure.code) if failure.kind == "exited" else failure.kind

@@ -37,7 +37,7 @@ from tfos_magic import arguments, completion, dry_run, shipping
 from tfos_magic.arguments import HelpRequestedError, InferLine, Line, TrainLine
 from tfos_magic.cell import CellFunction, has_trailing_semicolon
 from tfos_magic.doctor_magic import DoctorMagic
-from tfos_magic.errors import TfosError, UsageError
+from tfos_magic.errors import RunInterrupted, TfosError, UsageError
 from tfos_magic.notebook import Notebook
 from tfos_magic.runs_magic import RunsMagic, count_nodes, raise_errors, tell_errors
 from tfos_magic.standing import StandingInferences
@@ -315,12 +315,31 @@ class Extension:
         )
         if planned is None:
             return None
-        result = self._run(wanted, *planned)
+        try:
+            result = self._run(wanted, *planned)
+        except (TfosError, RunInterrupted) as error:
+            self._keep_what_is_done(error, wanted.out)
+            raise
         if wanted.out:
             self._notebook.namespace[wanted.out] = result
         # A handle is worth having under any circumstances, and is a line; its board stands above it.
         is_silent = not wanted.is_background and (wanted.out or wanted.is_quiet)
         return None if is_silent or has_trailing_semicolon(cell or "") else result
+
+    def _keep_what_is_done(self, error: TfosError | RunInterrupted, out: str | None) -> None:
+        """Give the user the points of a grid that were done before it ended early, and say where they are."""
+        if error.partial is None:
+            return
+        if out:
+            self._notebook.namespace[out] = error.partial
+        done = len(error.partial.nodes) - len(error.partial.missing)
+        points = "point that is" if done == 1 else f"{done} points that are"
+        where = out or "sys.last_value.partial"
+        told = f"{where} has the values of the {points} done; {where}.missing says why others have none."
+        if isinstance(error, TfosError):
+            error.hint = "\n".join(filter(None, [error.hint, told]))
+        else:
+            error.args = ("\n".join([str(error), told]),)
 
     def _run(self, wanted: TrainLine, payload: Payload, options: RunOptions) -> Any:
         """Return the result, or the handle of a run in the background."""

@@ -113,8 +113,10 @@ class Member:
         return f"{self.info['address']}:{self.info['port']}"
 
     def describe(self) -> NodeInfo:
-        """Return where it ran; it must have said hello."""
+        """Return where it ran; little is known of one that has not said hello."""
         info = self.info
+        if not info:
+            return NodeInfo(self.name, "", "", 0, "", {})
         python = ".".join(map(str, info["python"]))
         patch = dict(self.namedtuple_patch)
         return NodeInfo(self.name, self.host, self.address, info["child_pid"], python, dict(self.times), patch)

@@ -38,7 +38,7 @@ class NodeInfo:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class RunResult:
-    """The outcome of a run that succeeded.
+    """The outcome of a run that succeeded; or, as ``partial`` of an error, of those points of a grid that did.
 
     Attributes
     ----------
@@ -52,6 +52,8 @@ class RunResult:
         Seconds of each phase, from the start of the cell: see :data:`tfos_magic.cluster.Cluster`.
     grid : tuple of dict, optional
         The points of ``--grid``, in node order, as `values` and `histories` are. None where there was no grid.
+    missing : dict of str to str
+        Nodes of a grid that gave no value, which is None in `values` then → why.
     """
 
     nodes: tuple[NodeInfo, ...]
@@ -61,6 +63,7 @@ class RunResult:
     _blobs: tuple[bytes, ...] = ()
     _values: list[Any] = field(default_factory=list)
     grid: tuple[Mapping[str, Any], ...] | None = None
+    missing: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def values(self) -> list[Any]:
@@ -120,16 +123,20 @@ class RunResult:
         """Return one line for each point of the grid: the point, and what the node returned."""
         points = [grid.told(point) for point in self.grid or ()]
         try:
-            values = [_short(value) for value in self.values]
+            values = self._shown_values()
         except ResultError as error:
             values = [_short(error.fact)] * len(points)
         width = max(map(len, points))
         return [f"  {point.ljust(width)}  →  {value}" for point, value in zip(points, values, strict=True)]
 
+    def _shown_values(self) -> list[str]:
+        named = zip(self.nodes, self.values, strict=True)
+        return [f"({self.missing[node.name]})" if node.name in self.missing else _short(value) for node, value in named]
+
     def _repr_html_(self) -> str:
         """Return a table of the nodes' values; how the run went is on the board above it."""
         try:
-            values = [_short(value) for value in self.values]
+            values = self._shown_values()
         except ResultError as error:
             return f"<pre>{html.escape(str(error))}</pre>"
         points = [f"<td>{html.escape(grid.told(point))}</td>" for point in self.grid or ()] or [""] * len(values)
