@@ -1,16 +1,20 @@
 """What the exchange of gradients costs: Keras ``fit`` of a model of a million parameters on 1 and 2 nodes.
 
-    python tests/benchmarks/exchange.py [--rounds 5] [--steps 150] [--only WORD…]
+    python tests/benchmarks/exchange.py [--rounds 7] [--steps 150] [--pairs 40] [--only NAME…]
 
 A dense model 784-1024-192-10 (1,002,570 parameters), Adam, batch 64 per node, rows from memory. All rows of a round are
 measured one after the other, and ratios are taken within a round; each figure is that of all steps but the first
-epoch's, which compiles. Thread pools are left at TensorFlow's defaults everywhere (as many threads as cores in each
-process), since that is what people run.
+epoch's, which compiles. Nobody sets a number of threads: plain processes have TensorFlow's default (as many as cores in
+each), nodes have their part of the host's cores.
 
 * *two independent*: two plain processes at the same time, their samples per second added: what two cores can do at most
   when nothing is exchanged.
+* *2 nodes, over TCP*: as if they were on two hosts; by itself, a node reads its neighbour's memory where it can.
 * *MultiWorkerMirroredStrategy*: the loop that ``ctx.strategy``'s docstring recommends, on the same model, over gRPC and
   TensorFlow's own collectives.
+
+Then what ``ctx.distribute`` adds on a single node: two models of one process, one of them distributed, fit an epoch in
+turns, and ratios are taken within a pair. On a machine that others use, too, the processor time is the steadier figure.
 
 Then the bytes that each node sends per step, against the least that a ring can: ``2 (N-1)/N`` of the gradients.
 """
@@ -19,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -74,6 +79,33 @@ steps = args.steps * (EPOCHS - 1)
 steps * BATCH / (clock.ended - clock.began), (clock.last_sent - clock.sent) / steps
 """
 )
+PAIRS = (
+    COMMON
+    + """
+def cost(model):
+    began, used = time.perf_counter(), time.process_time()
+    model.fit(data, epochs=1, verbose=0)
+    return time.perf_counter() - began, time.process_time() - used
+data = rows()
+plain, distributed = build(), build()
+for model in (plain, distributed):
+    model.compile("adam", loss)
+ctx.distribute(distributed)
+for model in (plain, distributed):
+    model.fit(data, epochs=1, verbose=0)
+found = []
+for number in range(args.pairs):
+    first, second = (plain, distributed) if number % 2 else (distributed, plain)
+    costs = {first: cost(first), second: cost(second)}
+    found.append((costs[plain], costs[distributed]))
+found
+"""
+)
+OVER_TCP = """
+import functools
+from tfos_magic.training.ring import Ring
+Ring.connect = functools.partial(Ring.connect, shares_memory=False)
+"""
 LOOP = (
     "strategy = ctx.strategy()\n"
     + COMMON
@@ -108,13 +140,14 @@ steps * BATCH / (time.perf_counter() - began), 0
 
 Measure = Callable[[], tuple[float, float]]
 PLAIN, INDEPENDENT, MIRRORED = "one plain process", "two independent", "2 nodes, MultiWorkerMirroredStrategy"
-ONE, TWO, HALF, FOURTH = "1 node", "2 nodes", "2 nodes, --wire-dtype bfloat16", "2 nodes, --accumulate 4"
+TWO, TCP = "2 nodes", "2 nodes, over TCP"
+HALF, FOURTH = "2 nodes, --wire-dtype bfloat16", "2 nodes, --accumulate 4"
 COMPARED = (
     (PLAIN, None),
-    (ONE, PLAIN),
     (INDEPENDENT, PLAIN),
     (TWO, INDEPENDENT),
     (TWO, MIRRORED),
+    (TCP, INDEPENDENT),
     (MIRRORED, INDEPENDENT),
     (HALF, INDEPENDENT),
     (FOURTH, INDEPENDENT),
@@ -124,8 +157,9 @@ COMPARED = (
 def main() -> None:
     """Measure and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--pairs", type=int, default=40)
     parser.add_argument("--only", nargs="*", default=[], help="names of the rows to measure; all when left away")
     options = parser.parse_args()
     spark = local_spark(5)
@@ -135,6 +169,7 @@ def main() -> None:
     rounds = [{name: rows[name]() for name in wanted} for _ in range(options.rounds)]
     print_table("Training, dense model of 1 M parameters, batch 64 per node", speed_table(rounds))
     if not options.only:
+        print_table("What ctx.distribute adds on one node", one_node_table(spark, options.steps, options.pairs))
         sent = {2: rounds[-1][TWO][1], 4: on_nodes(spark, 4, 20)[1]}
         print_table("Bytes that a node sends per step", bytes_table(sent))
     spark.stop()
@@ -148,9 +183,9 @@ def measures(spark: Any, steps: int) -> dict[str, Measure]:
 
     return {
         PLAIN: lambda: plain_fits(1, steps),
-        ONE: nodes(1),
         INDEPENDENT: lambda: plain_fits(2, steps),
         TWO: nodes(2),
+        TCP: nodes(2, OVER_TCP + FIT),
         MIRRORED: nodes(2, LOOP),
         HALF: nodes(2, wire_dtype="bfloat16"),
         FOURTH: nodes(2, accumulate=4),
@@ -169,6 +204,20 @@ def speed_table(rounds: Sequence[dict[str, tuple[float, float]]]) -> list[tuple[
             continue
         ratios = [each[name][0] / each[reference][0] for each in rounds]
         table.append((name, figures, reference, f"{median(ratios):.2f}", spread(ratios)))
+    return table
+
+
+def one_node_table(spark: Any, steps: int, pairs: int) -> list[tuple[str, ...]]:
+    """Return the cost of a step of a plain and of a distributed model, measured in turns."""
+    args = {"steps": steps, "fixed": False, "pairs": pairs}
+    (found,) = run_cell(spark, PAIRS, 1, args=args, preload=("tensorflow",)).values
+    table: list[tuple[str, ...]] = [("per step", "plain fit", "1 node", "ratio, median", "quartiles")]
+    for number, name in enumerate(("wall time", "processor time")):
+        plain, distributed = ([costs[side][number] / steps * 1e3 for costs in found] for side in (0, 1))
+        ratios = [mine / theirs for mine, theirs in zip(distributed, plain, strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        ours, theirs = f"{median(distributed):.2f} ms", f"{median(plain):.2f} ms"
+        table.append((name, theirs, ours, f"{middle:.3f}", f"{low:.3f}-{high:.3f}"))
     return table
 
 
