@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -219,20 +220,28 @@ class Executors:
     driver_is_patched = True
     master = "local[2]"
     executor_env = ""
+    modes: tuple[str, ...] = ("late", "early")
 
     @pytest.fixture(scope="class")
     @classmethod
     def run(cls) -> Run:
         raise NotImplementedError
 
+    @pytest.fixture(scope="class")
+    @classmethod
+    def sessions(cls, run: Run) -> dict[str, dict[str, Any]]:
+        """What was found in each mode. All run at once: for most of its time a session waits for one task or a JVM."""
+
+        def run_script(mode: str) -> dict[str, Any]:
+            return run("executors.py", mode, str(ROOT), cls.master, cls.executor_env, timeout=280)
+
+        with ThreadPoolExecutor() as pool:
+            return dict(zip(cls.modes, pool.map(run_script, cls.modes), strict=True))
+
     @pytest.fixture(scope="class", params=["late", "early"])
     @classmethod
-    def found(cls, run: Run, request: pytest.FixtureRequest) -> dict[str, Any]:
-        return cls.run_script(run, request.param)
-
-    @classmethod
-    def run_script(cls, run: Run, mode: str) -> dict[str, Any]:
-        return run("executors.py", mode, str(ROOT), cls.master, cls.executor_env, timeout=280)
+    def found(cls, sessions: dict[str, dict[str, Any]], request: pytest.FixtureRequest) -> dict[str, Any]:
+        return sessions[request.param]
 
     def test_every_kind_of_job_runs_unpatched(self, found: dict[str, Any]) -> None:
         assert len(found["after"]) >= 9
@@ -330,15 +339,17 @@ class TestPySpark32(Executors):
 class TestOldest(Executors):
     """The oldest supported PySpark, with the variable."""
 
+    modes = ("late",)
+
     @pytest.fixture(scope="class")
     @classmethod
     def run(cls, oldest_python: Path) -> Run:
         return make_run(str(oldest_python), {ENABLING_VARIABLE: "1"})
 
-    @pytest.fixture(scope="class", params=["late"])
+    @pytest.fixture(scope="class", params=modes)
     @classmethod
-    def found(cls, run: Run, request: pytest.FixtureRequest) -> dict[str, Any]:
-        return cls.run_script(run, request.param)
+    def found(cls, sessions: dict[str, dict[str, Any]], request: pytest.FixtureRequest) -> dict[str, Any]:
+        return sessions[request.param]
 
 
 # --- status, revert and restore over all of it ------------------------------------------------------------------

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from test_training_ring import on_ring
-from training_harness import NodeOutcome, run_nodes
+from training_harness import NodeOutcome, run_nodes, side_by_side
 
 from tfos_magic.training import packing
 from tfos_magic.training.ring import Ring
@@ -23,8 +23,34 @@ MORE_FOLLOWING = ("accumulate_eager", "accumulate_custom_step")
 
 
 @pytest.fixture(scope="module")
-def two_nodes() -> list[NodeOutcome]:
-    return run_nodes([*FOLLOWING, "wire"], 2)
+def runs(request: pytest.FixtureRequest) -> dict[str, list[NodeOutcome]]:
+    each: dict[str, Callable[[], list[NodeOutcome]]] = {
+        "two_nodes": lambda: run_nodes([*FOLLOWING, "wire"], 2),
+        "other_steps": lambda: run_nodes([*MORE_FOLLOWING, "accumulate_mixed_precision", "accumulate_twice"], 2),
+        "one_node": lambda: run_nodes([*FOLLOWING, *MORE_FOLLOWING], 1),
+        "four_nodes": lambda: run_nodes(["wire"], 4),
+    }
+    return side_by_side(request, each)
+
+
+@pytest.fixture(scope="module")
+def two_nodes(runs: dict[str, list[NodeOutcome]]) -> list[NodeOutcome]:
+    return runs["two_nodes"]
+
+
+@pytest.fixture(scope="module")
+def other_steps(runs: dict[str, list[NodeOutcome]]) -> list[NodeOutcome]:
+    return runs["other_steps"]
+
+
+@pytest.fixture(scope="module")
+def one_node(runs: dict[str, list[NodeOutcome]]) -> list[NodeOutcome]:
+    return runs["one_node"]
+
+
+@pytest.fixture(scope="module")
+def four_nodes(runs: dict[str, list[NodeOutcome]]) -> list[NodeOutcome]:
+    return runs["four_nodes"]
 
 
 def succeeded(nodes: Sequence[NodeOutcome], case: str) -> list[dict[str, Any]]:
@@ -58,21 +84,19 @@ def test_accumulated_batches_are_one_large_batch(two_nodes: list[NodeOutcome], c
 
 
 @pytest.mark.slow
-def test_accumulation_with_other_kinds_of_steps() -> None:
-    nodes = run_nodes([*MORE_FOLLOWING, "accumulate_mixed_precision", "accumulate_twice"], 2)
+def test_accumulation_with_other_kinds_of_steps(other_steps: list[NodeOutcome]) -> None:
     for case in MORE_FOLLOWING:
-        assert_follows(nodes, case)
-    mixed = succeeded(nodes, "accumulate_mixed_precision")[0]
+        assert_follows(other_steps, case)
+    mixed = succeeded(other_steps, "accumulate_mixed_precision")[0]
     assert mixed["updates"] == 6
     assert mixed["loss"][1] < mixed["loss"][0]
-    assert {node["off"] for node in succeeded(nodes, "accumulate_twice")} == {0}
+    assert {node["off"] for node in succeeded(other_steps, "accumulate_twice")} == {0}
 
 
 @pytest.mark.slow
-def test_accumulation_on_one_node() -> None:
-    nodes = run_nodes([*FOLLOWING, *MORE_FOLLOWING], 1)
+def test_accumulation_on_one_node(one_node: list[NodeOutcome]) -> None:
     for case in (*FOLLOWING, *MORE_FOLLOWING):
-        assert_follows(nodes, case)
+        assert_follows(one_node, case)
 
 
 @pytest.mark.slow
@@ -100,8 +124,8 @@ def test_only_gradients_are_rounded(two_nodes: list[NodeOutcome]) -> None:
 
 
 @pytest.mark.slow
-def test_rounded_gradients_on_four_nodes() -> None:
-    assert_rounded(run_nodes(["wire"], 4))
+def test_rounded_gradients_on_four_nodes(four_nodes: list[NodeOutcome]) -> None:
+    assert_rounded(four_nodes)
 
 
 # --- many tensors in one message ----------------------------------------------------------------------------------

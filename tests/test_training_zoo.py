@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import training_zoo
-from training_harness import NodeOutcome, merged, run_nodes
+from training_harness import NodeOutcome, merged, run_nodes, side_by_side
 from training_zoo import CALLBACKS, FAST, FOUR_NODES, OLDEST, ONE_NODE, TABLE
 
 Nodes = Sequence[NodeOutcome]
@@ -21,23 +21,34 @@ def train(rows: Iterable[str], count: int, cases: Iterable[str] = (), **options:
 
 
 @pytest.fixture(scope="module")
-def fast() -> Nodes:
-    return train(FAST, 2, ["stops_alone"])
+def runs(request: pytest.FixtureRequest) -> dict[str, Nodes]:
+    each: dict[str, Callable[[], Nodes]] = {
+        "two_nodes": lambda: train(SLOW, 2, DECISIONS),
+        "four_nodes": lambda: train(FOUR_NODES, 4, ["stop"]),
+        "fast": lambda: train(FAST, 2, ["stops_alone"]),
+        "one_node": lambda: train(ONE_NODE, 1),
+    }
+    return side_by_side(request, each)
 
 
 @pytest.fixture(scope="module")
-def one_node() -> Nodes:
-    return train(ONE_NODE, 1)
+def fast(runs: dict[str, Nodes]) -> Nodes:
+    return runs["fast"]
 
 
 @pytest.fixture(scope="module")
-def two_nodes() -> Nodes:
-    return train(SLOW, 2, DECISIONS)
+def one_node(runs: dict[str, Nodes]) -> Nodes:
+    return runs["one_node"]
 
 
 @pytest.fixture(scope="module")
-def four_nodes() -> Nodes:
-    return train(FOUR_NODES, 4)
+def two_nodes(runs: dict[str, Nodes]) -> Nodes:
+    return runs["two_nodes"]
+
+
+@pytest.fixture(scope="module")
+def four_nodes(runs: dict[str, Nodes]) -> Nodes:
+    return runs["four_nodes"]
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +125,13 @@ def test_one_node_is_one_process(one_node: Nodes, name: str) -> None:
 @pytest.mark.parametrize("name", rows_of(*FOUR_NODES))
 def test_four_nodes_follow_one_process(four_nodes: Nodes, name: str) -> None:
     assert_follows(four_nodes, name)
+
+
+@pytest.mark.slow
+def test_last_of_four_nodes_stops_all_after_the_same_epoch(four_nodes: Nodes) -> None:
+    for node in results(four_nodes, "stop"):
+        assert (node["epochs"], node["rate"]) == (2, pytest.approx(0.05))
+        assert node["digest"] == results(four_nodes, "stop")[0]["digest"]
 
 
 @pytest.mark.slow

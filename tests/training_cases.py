@@ -99,11 +99,11 @@ class Rows:
         return dataset.apply(tf.data.experimental.assert_cardinality(len(batches))) if knows_size else dataset
 
 
-def classification(count: int = 150, *, weights: bool = False) -> Rows:
+def classification(count: int = 150) -> Rows:
     random = np.random.default_rng(7)
     x = random.normal(size=(count, WIDTH)).astype("float32")
     y = (x[:, :CLASSES] + random.normal(size=(count, CLASSES))).argmax(1).astype("int64")
-    return Rows((x, y, random.uniform(0.2, 2, count).astype("float32")) if weights else (x, y))
+    return Rows((x, y))
 
 
 def uneven(count: int, nodes: int) -> list[list[Any]]:
@@ -146,18 +146,9 @@ def distance(left: Any, right: Any) -> float:
     return float(np.nan_to_num(max(gaps), nan=np.inf))
 
 
-def follow(
-    ctx: Context,
-    build: Callable[[], Any],
-    rows: Rows | None = None,
-    *,
-    epochs: int = 2,
-    has_reference: bool = True,
-    before_compile: bool = False,
-    **fit_arguments: Any,
-) -> dict[str, Any]:
+def follow(ctx: Context, build: Callable[[], Any], *, has_reference: bool = True) -> dict[str, Any]:
     """Train `build()` over the nodes, and on node 0 also the same in one process; say how they differ."""
-    rows = rows or classification()
+    rows = classification()
     layout = uneven(len(rows.columns[0]), ctx.num_nodes)
     keras.utils.set_random_seed(100 + ctx.rank)  # different initial weights: node 0's must win
     model = build()
@@ -166,7 +157,7 @@ def follow(
     seen = Snapshots()
     mine = [step[ctx.rank] for step in layout]
     share = rows.dataset(mine)
-    fit = model.fit(share, epochs=epochs, validation_data=share, callbacks=[seen], **fit_arguments)
+    fit = model.fit(share, epochs=2, validation_data=share, callbacks=[seen])
     evaluated = model.evaluate(share, return_dict=True, verbose=0)
     found = {
         "digest": digest(model),
@@ -175,12 +166,12 @@ def follow(
         "empty_batches": sum(len(batch) == 0 for batch in mine),
     }
     if has_reference and ctx.is_chief:
-        found |= compare(build, initial, rows.dataset([np.concatenate(s) for s in layout]), seen, found, fit_arguments)
+        found |= compare(build, initial, rows.dataset([np.concatenate(s) for s in layout]), seen, found)
     return found
 
 
 def compare(
-    build: Callable[[], Any], initial: Any, whole: Any, seen: Snapshots, found: dict[str, Any], fit_arguments: Any
+    build: Callable[[], Any], initial: Any, whole: Any, seen: Snapshots, found: dict[str, Any]
 ) -> dict[str, Any]:
     """Train the reference."""
     keras.utils.set_random_seed(100)
@@ -189,9 +180,7 @@ def compare(
         model.set_weights(initial)
     reference = Snapshots()
     epochs = len(seen.weights)
-    history = model.fit(
-        whole, epochs=epochs, validation_data=whole, verbose=0, callbacks=[reference], **fit_arguments
-    ).history
+    history = model.fit(whole, epochs=epochs, validation_data=whole, verbose=0, callbacks=[reference]).history
     evaluated = model.evaluate(whole, return_dict=True, verbose=0)
     assert set(history) == set(found["history"]), (set(history), set(found["history"]))
     return {
@@ -227,10 +216,6 @@ def case_sgd(ctx: Context) -> dict[str, Any]:
     return found | {"reported": ctx.epochs[-3:], "steps": ctx.reports}
 
 
-def case_adam(ctx: Context) -> dict[str, Any]:
-    return follow(ctx, lambda: dense(keras.optimizers.Adam(0.01)))
-
-
 def case_unbuilt(ctx: Context) -> dict[str, Any]:
     def build() -> Any:
         model = keras.Sequential([keras.layers.Dense(10, "relu"), keras.layers.Dense(CLASSES)])
@@ -239,80 +224,6 @@ def case_unbuilt(ctx: Context) -> dict[str, Any]:
         return model
 
     return follow(ctx, build)
-
-
-def case_weights(ctx: Context) -> dict[str, Any]:
-    def build() -> Any:
-        return dense(keras.optimizers.Adam(0.01), weighted_metrics=["accuracy"])
-
-    return follow(ctx, build, classification(weights=True))
-
-
-def case_class_weight(ctx: Context) -> dict[str, Any]:
-    return follow(ctx, lambda: dense(sgd()), class_weight={0: 1.0, 1: 3.0, 2: 0.5})
-
-
-def case_embedding(ctx: Context) -> dict[str, Any]:
-    random = np.random.default_rng(3)
-    x = random.integers(0, 50, (150, 4))
-    rows = Rows((x, (x.sum(1) % 2).astype("float32")))
-
-    def build() -> Any:
-        layers = [keras.Input((4,)), keras.layers.Embedding(50, 8), keras.layers.Flatten()]
-        model = keras.Sequential([*layers, keras.layers.Dense(1, "sigmoid")])
-        model.compile(keras.optimizers.Adam(0.01), "binary_crossentropy", metrics=["accuracy"])
-        return model
-
-    return follow(ctx, build, rows)
-
-
-def case_auc(ctx: Context) -> dict[str, Any]:
-    x, y = classification().columns
-
-    def build() -> Any:
-        model = keras.Sequential([keras.Input((WIDTH,)), keras.layers.Dense(1, "sigmoid")])
-        metrics = [keras.metrics.AUC(name="auc"), keras.metrics.Precision(name="precision")]
-        model.compile(sgd(), "binary_crossentropy", metrics=metrics)
-        return model
-
-    return follow(ctx, build, Rows((x, (y == 1).astype("float32")[:, None])))
-
-
-def case_clipped(ctx: Context) -> dict[str, Any]:
-    def build() -> Any:
-        optimizer = keras.optimizers.AdamW(0.01, weight_decay=0.1, global_clipnorm=0.1, use_ema=True, ema_momentum=0.9)
-        return dense(optimizer, metrics=[keras.metrics.SparseTopKCategoricalAccuracy(2)])
-
-    return follow(ctx, build)
-
-
-def case_eager(ctx: Context) -> dict[str, Any]:
-    return follow(ctx, lambda: dense(sgd(), run_eagerly=True), epochs=1)
-
-
-def case_several_steps(ctx: Context) -> dict[str, Any]:
-    return follow(ctx, lambda: dense(sgd(), steps_per_execution=4))
-
-
-def case_two_outputs(ctx: Context) -> dict[str, Any]:
-    random = np.random.default_rng(5)
-    x = random.normal(size=(150, WIDTH)).astype("float32")
-
-    def build() -> Any:
-        inputs = keras.Input((WIDTH,))
-        hidden = keras.layers.Dense(8, "tanh")(inputs)
-        outputs = [keras.layers.Dense(1, name="a")(hidden), keras.layers.Dense(2, name="b")(hidden)]
-        model = keras.Model(inputs, outputs)
-        model.compile(sgd(), ["mse", "mae"], loss_weights=[1.0, 0.5], metrics=[["mae"], ["mse"]])
-        return model
-
-    rows = Rows((x, x[:, :1] * 2, x[:, 1:3]))
-
-    class Paired(Rows):
-        def dataset(self, batches: list[Any], *, knows_size: bool = True) -> tf.data.Dataset:
-            return super().dataset(batches, knows_size=knows_size).map(lambda x, a, b: (x, (a, b)))
-
-    return follow(ctx, build, Paired(rows.columns))
 
 
 def case_batch_norm(ctx: Context) -> dict[str, Any]:
@@ -412,7 +323,7 @@ def accumulated(
     if ctx.is_chief:
         groups = [layout[start : start + every] for start in range(0, len(layout), every)]
         whole = rows.dataset([np.concatenate([rows for step in group for rows in step]) for group in groups])
-        found |= compare(reference or build, initial, whole, seen, found, {})
+        found |= compare(reference or build, initial, whole, seen, found)
     return found
 
 
@@ -605,16 +516,6 @@ def case_jit(ctx: Context) -> dict[str, Any]:
     model, share = distributed(ctx, jit_compile=True)
     model.fit(share, epochs=1, verbose=0)
     return {"digest": digest(model), "warned": any("jit_compile is off" in text for text in records)}
-
-
-def case_mixed_precision(ctx: Context) -> dict[str, Any]:
-    keras.config.set_dtype_policy("mixed_float16")
-    try:
-        model, share = distributed(ctx)
-        fit = model.fit(share, epochs=2, verbose=0)
-    finally:
-        keras.config.set_dtype_policy("float32")
-    return {"digest": digest(model), "loss": [float(x) for x in fit.history["loss"]]}
 
 
 # --- mistakes -------------------------------------------------------------------------------------------------

@@ -13,11 +13,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import pytest
+
+T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent
 CASES = Path(__file__).with_name("training_cases.py")
 
@@ -77,6 +81,26 @@ def run_nodes(
             NodeOutcome(process.returncode, found, output)
             for process, found, output in zip(processes, results, outputs, strict=True)
         ]
+
+
+def side_by_side(request: pytest.FixtureRequest, runs: Mapping[str, Callable[[], T]]) -> dict[str, T]:
+    """Return what `runs` return that the selected tests of this module ask for, two at a time.
+
+    Nodes wait for each other more than half of the time: that of one run is another's. All are done when this returns,
+    for a test must not find the processes of a run that it knows nothing of.
+
+    Parameters
+    ----------
+    request : pytest.FixtureRequest
+        Of a fixture of the module.
+    runs : mapping of str to callable
+        By the name of the fixture that hands it out, the longest first.
+    """
+    items = [item for item in request.session.items if isinstance(item, pytest.Function)]
+    wanted = {name for item in items if item.module is request.module for name in item.fixturenames}
+    with ThreadPoolExecutor(2) as pool:
+        futures = {name: pool.submit(run) for name, run in runs.items() if name in wanted}
+        return {name: future.result() for name, future in futures.items()}
 
 
 def merged(nodes: Sequence[NodeOutcome]) -> dict[str, dict[str, Any]]:

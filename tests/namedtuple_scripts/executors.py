@@ -191,7 +191,6 @@ if mode != "patched":
     facts["after again"], _ = states()
     shell.run_line_magic("unload_ext", "tfos_magic")
     facts["unloaded"], _ = states()
-    facts["ways unloaded"] = ways()
     home = sys.modules.get("pyspark.core.rdd") or sys.modules["pyspark.rdd"]
     holders = [m for n, m in sys.modules.items() if n.startswith("pyspark.") and "_prepare_for_python_RDD" in vars(m)]
     facts["pyspark as it was"] = {m._prepare_for_python_RDD.__module__ for m in holders} == {home.__name__}
