@@ -38,10 +38,7 @@ import re
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from tfos_magic.result import RunResult
+from typing import Any
 
 _LOG_LINES_SHOWN = 20
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
@@ -69,7 +66,7 @@ class TfosError(Exception):
     Subclasses take their further fields as keyword arguments and keep them as attributes of the same name.
     """
 
-    partial: RunResult | None = None
+    partial: Any = None  # a RunResult, which is a module further on
 
     def __init__(self, fact: str, *, cause: str = "", hint: str = "") -> None:
         super().__init__(fact)
@@ -208,7 +205,7 @@ class RunInterrupted(KeyboardInterrupt):
         As in :class:`TfosError`.
     """
 
-    partial: RunResult | None = None
+    partial: Any = None  # a RunResult, which is a module further on
 
     def _render_traceback_(self) -> list[str]:
         return [f"KeyboardInterrupt: {self}"]
