@@ -72,9 +72,9 @@ model.compile("adam", loss)
 if ctx is not None:
     ctx.distribute(model)
 clock = Clock()
-data = rows()
+data = rows().repeat()  # one iterator for all epochs: to make one can take a second, and then all nodes wait
 meet()
-model.fit(data, epochs=EPOCHS, verbose=0, callbacks=[clock])
+model.fit(data, epochs=EPOCHS, steps_per_epoch=args.steps, verbose=0, callbacks=[clock])
 steps = args.steps * (EPOCHS - 1)
 steps * BATCH / (clock.ended - clock.began), (clock.last_sent - clock.sent) / steps
 """
