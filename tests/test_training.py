@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training_harness import ROOT, NodeOutcome, run_nodes, side_by_side
+from training_harness import ROOT, NodeOutcome, one_of_runs, run_nodes, side_by_side
 
 from tfos_magic.training import is_consequence
 
@@ -33,29 +33,11 @@ def runs(request: pytest.FixtureRequest) -> dict[str, list[NodeOutcome]]:
     return side_by_side(request, each)
 
 
-@pytest.fixture(scope="module")
-def core(runs: dict[str, list[NodeOutcome]]) -> list[NodeOutcome]:
-    return runs["core"]
-
-
-@pytest.fixture(scope="module")
-def with_chief(runs: dict[str, list[NodeOutcome]]) -> list[NodeOutcome]:
-    return runs["with_chief"]
-
-
-@pytest.fixture(scope="module")
-def one_node(runs: dict[str, list[NodeOutcome]]) -> list[NodeOutcome]:
-    return runs["one_node"]
-
-
-@pytest.fixture(scope="module")
-def strategy(runs: dict[str, list[NodeOutcome]]) -> list[NodeOutcome]:
-    return runs["strategy"]
-
-
-@pytest.fixture(scope="module")
-def chief_alone(runs: dict[str, list[NodeOutcome]]) -> list[NodeOutcome]:
-    return runs["chief_alone"]
+core = one_of_runs("core")
+with_chief = one_of_runs("with_chief")
+one_node = one_of_runs("one_node")
+strategy = one_of_runs("strategy")
+chief_alone = one_of_runs("chief_alone")
 
 
 def results(nodes: Sequence[NodeOutcome], case: str) -> list[dict[str, Any]]:

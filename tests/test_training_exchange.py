@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from test_training_ring import on_ring
-from training_harness import NodeOutcome, run_nodes, side_by_side
+from training_harness import NodeOutcome, one_of_runs, run_nodes, side_by_side
 
 from tfos_magic.training import packing
 from tfos_magic.training.ring import Ring
@@ -33,24 +33,10 @@ def runs(request: pytest.FixtureRequest) -> dict[str, list[NodeOutcome]]:
     return side_by_side(request, each)
 
 
-@pytest.fixture(scope="module")
-def two_nodes(runs: dict[str, list[NodeOutcome]]) -> list[NodeOutcome]:
-    return runs["two_nodes"]
-
-
-@pytest.fixture(scope="module")
-def other_steps(runs: dict[str, list[NodeOutcome]]) -> list[NodeOutcome]:
-    return runs["other_steps"]
-
-
-@pytest.fixture(scope="module")
-def one_node(runs: dict[str, list[NodeOutcome]]) -> list[NodeOutcome]:
-    return runs["one_node"]
-
-
-@pytest.fixture(scope="module")
-def four_nodes(runs: dict[str, list[NodeOutcome]]) -> list[NodeOutcome]:
-    return runs["four_nodes"]
+two_nodes = one_of_runs("two_nodes")
+other_steps = one_of_runs("other_steps")
+one_node = one_of_runs("one_node")
+four_nodes = one_of_runs("four_nodes")
 
 
 def succeeded(nodes: Sequence[NodeOutcome], case: str) -> list[dict[str, Any]]:

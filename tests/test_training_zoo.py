@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import training_zoo
-from training_harness import NodeOutcome, merged, run_nodes, side_by_side
+from training_harness import NodeOutcome, merged, one_of_runs, run_nodes, side_by_side
 from training_zoo import CALLBACKS, FAST, FOUR_NODES, OLDEST, ONE_NODE, TABLE
 
 Nodes = Sequence[NodeOutcome]
@@ -31,24 +31,10 @@ def runs(request: pytest.FixtureRequest) -> dict[str, Nodes]:
     return side_by_side(request, each)
 
 
-@pytest.fixture(scope="module")
-def fast(runs: dict[str, Nodes]) -> Nodes:
-    return runs["fast"]
-
-
-@pytest.fixture(scope="module")
-def one_node(runs: dict[str, Nodes]) -> Nodes:
-    return runs["one_node"]
-
-
-@pytest.fixture(scope="module")
-def two_nodes(runs: dict[str, Nodes]) -> Nodes:
-    return runs["two_nodes"]
-
-
-@pytest.fixture(scope="module")
-def four_nodes(runs: dict[str, Nodes]) -> Nodes:
-    return runs["four_nodes"]
+fast = one_of_runs("fast")
+one_node = one_of_runs("one_node")
+two_nodes = one_of_runs("two_nodes")
+four_nodes = one_of_runs("four_nodes")
 
 
 @pytest.fixture(scope="module")

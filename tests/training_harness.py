@@ -103,6 +103,16 @@ def side_by_side(request: pytest.FixtureRequest, runs: Mapping[str, Callable[[],
         return {name: future.result() for name, future in futures.items()}
 
 
+def one_of_runs(name: str) -> Any:
+    """Return a fixture of a module that hands out one of what its fixture ``runs`` has from :func:`side_by_side`."""
+
+    @pytest.fixture(scope="module", name=name)
+    def hand_out(runs: dict[str, Any]) -> Any:
+        return runs[name]
+
+    return hand_out
+
+
 def merged(nodes: Sequence[NodeOutcome]) -> dict[str, dict[str, Any]]:
     """Return the zoo's rows by their names: what the chief found, with the distances that one of the nodes measured."""
     found: dict[str, dict[str, Any]] = {}
