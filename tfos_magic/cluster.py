@@ -133,7 +133,7 @@ def run(
             if attempt == options.max_restarts or stop.is_set() or not is_worth_a_restart(error):
                 cluster.abandon("stopped" if isinstance(error, RunStoppedError) else "failed", error.headline)
                 given_up = f"Given up after {attempt + 1} attempts." if attempt else ""
-                error.hint = _lines(error.hint, given_up, _way_on(board))
+                error.add_hint(given_up, _way_on(board))
                 error.partial = cluster.partial_result(board)
                 raise
             attempt += 1
@@ -607,11 +607,14 @@ class Cluster:
         return self._error_of(root, self._failures)
 
     def _error_of_points(self) -> TfosError:
-        """Return the error of a grid all of whose points have ended, some of them badly."""
-        failures = list(self._failed_points.values())
+        """Return the error of a grid all of whose points have ended, some of them badly.
+
+        None of them explains another, so the grid's order decides which is told first: that of time is chance.
+        """
+        failures = [failure for _, failure in sorted(self._failed_points.items())]
         error = self._error_of(root_of(failures), failures)
-        counted = f"{len(failures)} of {len(self._nodes)} points failed"
-        error.hint = _lines(error.hint, f"{counted}; the others are done." if len(failures) < len(self._nodes) else "")
+        if len(failures) < len(self._nodes):
+            error.add_hint(f"{len(failures)} of {len(self._nodes)} points failed; the others are done.")
         return error
 
     def _error_of(self, root: Failure, failures: Sequence[Failure]) -> TfosError:
