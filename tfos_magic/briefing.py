@@ -5,6 +5,7 @@ Runs on: driver.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,11 +52,11 @@ class Briefing:
                 self.send_alone(node)
             return
         spec = roles.cluster_spec([node.role for node in self._nodes], [node.address for node in self._nodes])
+        counts = Counter(node.host for node in self._nodes)
         for node in self._nodes:  # node 0 first: it leads the others, who wait a second if it is late
             environment = {"TF_CONFIG": roles.tf_config(node.role, spec), "TF_GRPC_REUSE_PORT": "true"}
             is_coordinator = node.index == 0 and any(self.is_server(other.role) for other in self._nodes)
-            nodes_on_host = sum(other.host == node.host for other in self._nodes)
-            fields = {"is_coordinator": is_coordinator, "nodes_on_host": nodes_on_host}
+            fields = {"is_coordinator": is_coordinator, "nodes_on_host": counts[node.host]}
             self._send(node, spec, environment, is_chief=node.index == 0, **fields)
 
     def send_alone(self, node: Member) -> None:

@@ -77,6 +77,10 @@ class TfosError(Exception):
     def __str__(self) -> str:
         return "\n".join(part for part in (self.fact, self.cause, self.hint) if part)
 
+    def add_hint(self, *lines: str) -> None:
+        """Put more lines behind the hint; empty ones are left out."""
+        self.hint = "\n".join(filter(None, [self.hint, *lines]))
+
     @property
     def headline(self) -> str:
         """The fact alone, for places that show the whole message beside it."""

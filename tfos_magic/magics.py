@@ -337,7 +337,7 @@ class Extension:
         where = out or "sys.last_value.partial"
         told = f"{where} has the values of the {points} done; {where}.missing says why others have none."
         if isinstance(error, TfosError):
-            error.hint = "\n".join(filter(None, [error.hint, told]))
+            error.add_hint(told)
         else:
             error.args = ("\n".join([str(error), told]),)
 

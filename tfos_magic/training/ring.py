@@ -217,8 +217,7 @@ class Ring:
         StalledError
             A neighbour is at another place of the program.
         """
-        total = self.empty(values.size, values.dtype)
-        total[...] = values
+        total = self._copy(values)
         with self._failing(label):
             self._all_reduce(total, label)
         return total
@@ -338,6 +337,9 @@ class Ring:
         """Return `values`, or a copy where the next node can read it, if it is to."""
         if not self._shows or self._lender is None or self._lender.place_of(values) is not None:
             return values
+        return self._copy(values)
+
+    def _copy(self, values: Array) -> Array:
         copy = self.empty(values.size, values.dtype)
         copy[...] = values
         return copy
@@ -351,7 +353,7 @@ class Ring:
             self._previous.send(_SEEN)
         self._flush()
         if self._shows:
-            self._await_seen()
+            self._receive(np.empty(len(_SEEN), np.uint8), self._next)
 
     # --- messages ---------------------------------------------------------------------------------------------
 
@@ -414,20 +416,6 @@ class Ring:
         assert self._window is not None
         return self._window.view(place.tobytes(), count_bytes)
 
-    def _await_seen(self) -> None:
-        """Wait until the next node has read all that it was shown."""
-        while True:
-            try:
-                answer = self._next.recv(1)
-            except BlockingIOError:
-                poll = select.poll()
-                poll.register(self._next, select.POLLIN)
-                poll.poll()
-                continue
-            if not answer:
-                raise self._lost(self.plan.neighbour(1), self._label)
-            return
-
     def _send(self, values: Array) -> None:
         if values.size:
             self._outgoing.append(_bytes_of(values))
@@ -449,18 +437,19 @@ class Ring:
                     self._outgoing.appendleft(view[sent:])
                 sent -= min(sent, len(view))
 
-    def _receive(self, values: Array) -> None:
-        """Fill `values` from the previous node, sending on meanwhile."""
+    def _receive(self, values: Array, link: socket.socket | None = None) -> None:
+        """Fill `values` from the previous node, or from the next one's answers, sending on meanwhile."""
+        link = link or self._previous
         view = _bytes_of(values)
         while len(view):
             self._push()
             try:
-                count = self._previous.recv_into(view)
+                count = link.recv_into(view)
             except BlockingIOError:
-                self._wait(reading=True)
+                self._wait(link)
                 continue
             if count == 0:
-                raise self._lost(self.plan.neighbour(-1), self._label)
+                raise self._lost(self.plan.neighbour(1 if link is self._next else -1), self._label)
             view = view[count:]
 
     def _add(self, mine: Array, dtype: Any = np.float64) -> None:
@@ -475,15 +464,15 @@ class Ring:
     def _flush(self) -> None:
         self._push()
         while self._outgoing:
-            self._wait(reading=False)
+            self._wait()
             self._push()
 
-    def _wait(self, *, reading: bool) -> None:
-        """Sleep until the previous node has sent, or the next one can take more."""
+    def _wait(self, reading: socket.socket | None = None) -> None:
+        """Sleep until there is something to read, or the next node can take more."""
         # The next node's hanging up is no loss by itself: it may have all it needed. If not, sending to it fails.
         poll = select.poll()
-        if reading:
-            poll.register(self._previous, select.POLLIN)
+        if reading is not None:
+            poll.register(reading, select.POLLIN)
         if self._outgoing:
             poll.register(self._next, select.POLLOUT)
         poll.poll()
