@@ -192,6 +192,11 @@ def test_nodes_of_one_host_divide_its_cores(spark_local4: Any) -> None:
         assert int(threads) == -(-cores // 3)
 
 
+def test_threads_of_a_node_let_each_other_finish(spark_local4: Any) -> None:
+    body = "import os\n{os.sched_getscheduler(int(thread)) for thread in os.listdir('/proc/self/task')}"
+    assert run_cell(spark_local4, body, 1, preload=("tensorflow",)).values == [{os.SCHED_BATCH}]
+
+
 @pytest.mark.slow
 def test_the_user_says_on_how_many_cores_nodes_compute(spark_script: Script) -> None:
     code = f"""

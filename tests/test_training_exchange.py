@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -160,3 +162,45 @@ def test_sums_that_were_weighted_before_are_only_divided() -> None:
         return float(results[0][0])
 
     assert on_ring(2, action) == [2.0, 2.0]
+
+
+NOT_WRITTEN_TO = """
+import numpy as np, tensorflow as tf
+shape = (300, 320)
+kept = []
+def show(_):
+    raw = np.full(300 * 320 + 16, 3, "float32")
+    first = -raw.ctypes.data % 64 // 4
+    kept.append(raw[first : first + 300 * 320].reshape(shape))
+    return kept[-1]
+variable, other = tf.Variable(tf.zeros(shape)), tf.random.normal(shape)
+operations = [tf.square, tf.nn.relu, lambda x: x * other, lambda x: other - x, lambda x: tf.reshape(x, [-1]) * 2.0]
+operations += [lambda x: (variable.assign(x), variable.assign_add(other))[1], lambda x: tf.cast(x, tf.float16)]
+for operation in operations:
+    def step(n, operation=operation):
+        return operation(tf.ensure_shape(tf.numpy_function(show, [n], tf.float32), shape))
+    for call in (step, tf.function(step, autograph=False)):
+        call(tf.constant(1.0))
+        call(tf.constant(1.0))
+places = []
+def look(values):
+    places.append(values.ctypes.data)
+    return np.float32(0)
+tf.function(lambda n: tf.numpy_function(look, [tf.numpy_function(show, [n], tf.float32)], tf.float32))(tf.constant(1.0))
+print("as it is:", places == [kept[-1].ctypes.data])
+print(len(kept), "arrays, changed", sum(not (k == 3).all() for k in kept))
+"""
+
+
+def not_written_to(python: str) -> str:
+    return subprocess.run([python, "-c", NOT_WRITTEN_TO], check=True, capture_output=True, text=True).stdout
+
+
+def test_tensorflow_does_not_compute_where_averages_lie_which_a_neighbour_may_still_be_reading() -> None:
+    assert not_written_to(sys.executable) == "as it is: True\n29 arrays, changed 0\n"
+
+
+@pytest.mark.slow
+@pytest.mark.oldest
+def test_the_oldest_tensorflow_does_not_either(oldest_python: Path) -> None:
+    assert not_written_to(str(oldest_python)) == "as it is: True\n29 arrays, changed 0\n"

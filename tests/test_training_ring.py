@@ -6,6 +6,7 @@ import contextlib
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -172,6 +173,77 @@ def test_what_is_returned_may_be_changed_at_once_though_neighbours_read_it_where
         assert result == [(number, number) for number in range(100)]
 
 
+@pytest.mark.parametrize("rounded", [False, True])
+@pytest.mark.parametrize("sharing", ["**", "--", "*--*", "*****"])
+def test_each_part_is_filled_in_once_and_before_it_is_needed(sharing: str, rounded: bool) -> None:
+    wire = np.dtype(pytest.importorskip("ml_dtypes").bfloat16) if rounded else None
+    size = 700_000
+
+    def action(ring: Ring) -> tuple[Any, Any]:
+        times, found = np.zeros(size, np.uint8), []
+        for number in range(3):
+            values = ring.empty(size, np.float32)
+            values[...] = np.nan
+
+            def fill(begin: int, end: int, values: Any = values, number: int = number) -> None:
+                times[begin:end] += 1
+                values[begin:end] = number + ring.plan.rank
+
+            ring.average(values, 1.0, "mean", averaged=size - 5, wire=wire, fill=fill)
+            found.append((set(values[:-5]), set(values[-5:])))
+        return set(times), found
+
+    count = len(sharing)
+    for result in on_ring(count, action, sharing):
+        sums = [sum(range(number, number + count)) for number in range(3)]
+        assert result == ({3}, [({total / count}, {total}) for total in sums])
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_a_slow_neighbour_reads_what_was_there_when_it_was_told(count: int) -> None:
+    def action(ring: Ring) -> list[set[float]]:
+        receive = ring._receive_chunk
+        if ring.plan.rank == 1:
+            ring._receive_chunk = lambda chunk: time.sleep(0.1) or receive(chunk)  # type: ignore[method-assign,func-returns-value]
+        found = []
+        for number in range(4):
+            values = ring.empty(300_000, np.float32)
+            address = values.ctypes.data
+
+            def fill(begin: int, end: int, values: Any = values, number: int = number) -> None:
+                values[begin:end] = number
+
+            ring.average(values, 1.0, "mean", fill=fill)
+            found.append(set(values))
+            del values, fill
+            assert ring.empty(300_000, np.float32).ctypes.data == address, "the same memory comes next"
+        return found
+
+    assert on_ring(count, action) == [[{0.0}, {1.0}, {2.0}, {3.0}]] * count
+
+
+def test_a_node_that_ends_while_its_neighbour_still_reads_is_no_loss() -> None:
+    has_ended = threading.Event()
+
+    def action(ring: Ring) -> Any:
+        receive = ring._receive_chunk
+        if ring.plan.rank == 1:
+            ring._receive_chunk = lambda chunk: has_ended.wait(10) and receive(chunk)  # type: ignore[method-assign]
+        values = ring.empty(300_000, np.float32)
+
+        def fill(begin: int, end: int) -> None:
+            values[begin:end] = 7
+
+        ring.average(values, 1.0, "mean", fill=fill)
+        found = set(values)
+        if ring.plan.rank == 0:
+            ring.close()
+            has_ended.set()
+        return found
+
+    assert on_ring(2, action) == [{7.0}, {7.0}]
+
+
 def test_memory_that_neighbours_see_is_used_again_and_closed() -> None:
     def action(ring: Ring) -> tuple[int, Any]:
         lent = []
@@ -196,7 +268,7 @@ def test_memory_that_neighbours_see_is_used_again_and_closed() -> None:
 def test_a_node_that_is_lost_before_it_has_read_is_noticed() -> None:
     def action(ring: Ring) -> Any:
         if ring.plan.rank == 1:
-            ring._add_chunk = lambda *a: ring.close()  # type: ignore[method-assign]
+            ring._add_chunk = lambda *a: ring.close() or iter(())  # type: ignore[method-assign,func-returns-value]
         ring.all_reduce(np.zeros(300_000), "gradients")
 
     error, _ = on_ring(2, action)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 def main(config_fd: int, payload_fd: int, channel_fd: int, agent_pid: int) -> None:
     """Run the user's function, hand over what came of it, and exit when told to."""
     die_with_parent(agent_pid)
+    _compute_in_long_turns()
     from tfos_magic import namedtuple_patch
 
     patch = namedtuple_patch.ensure_clean()
@@ -87,6 +88,17 @@ def _live(config: dict[str, Any], payload_fd: int, link: Link) -> None:
     link.send_blob("result", blob)
     if training.is_serving():
         link.send("state", state="RUNNING")  # the function is over, the server is not
+
+
+def _compute_in_long_turns() -> None:
+    """Ask the kernel to let threads that compute go on when others wake up; all threads from here on inherit it.
+
+    TensorFlow has more threads than a node has cores. Where each that wakes up interrupts one that computes, be it of
+    another node, all nodes wait at the end of the step for the one that was interrupted most.
+    """
+    with contextlib.suppress(OSError):  # a container may forbid it
+        if os.sched_getscheduler(0) == os.SCHED_OTHER:
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def _share_cores(nodes_on_host: int) -> None:

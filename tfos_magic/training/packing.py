@@ -4,13 +4,18 @@ Runs on: executors.
 
     gradients ──× rows──► one buffer ──ring──► the same buffer, averaged ──► views of it, one per gradient
 
-Each number is written once on the way in and not copied on the way out: TensorFlow takes an array as it is when it
-begins at a multiple of 64 bytes, so that large tensors do; small ones lie close together and are copied.
+Each number is written once on the way in, when the ring needs it, and not copied on the way out: TensorFlow takes an
+array as it is when it begins at a multiple of 64 bytes, so that large tensors do; small ones lie close together and are
+copied.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import bisect
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -64,51 +69,84 @@ def average(
     results = list(arrays)
     averaged_count = len(gradients) + len(weighted)
     total = 0.0
-    for dtype, travels, members in _messages(arrays, len(gradients), wire):
-        averaged = [index for index in members if index < averaged_count]
-        slots, buffer = _slots(ring, [arrays[index].shape for index in members], dtype)
-        for index, slot in zip(members, slots, strict=True):
-            if rows <= 0:
-                slot[...] = 0
-            elif index < averaged_count and not is_sum:
-                np.multiply(arrays[index], dtype.type(rows), out=slot)
-            else:
-                slot[...] = arrays[index]
+    kinds = tuple((array.shape, array.dtype) for array in arrays)
+    for layout in _layouts(kinds, len(gradients), averaged_count, wire):
+        slots, buffer = _slots(ring, layout)
+        for index, slot in zip(layout.members, slots, strict=True):
             results[index] = slot
-        # Summed ones come last, behind the end of the last averaged one.
-        end = _end_of(slots[len(averaged) - 1], buffer) if averaged else 0
-        total = ring.average(buffer, rows, label, averaged=end, wire=travels)
+        factors = [0 if rows <= 0 else rows if index < averaged_count and not is_sum else 1 for index in layout.members]
+        given = [arrays[index].reshape(-1) for index in layout.members]
+        fill = functools.partial(_fill, layout, buffer, given, factors)
+        total = ring.average(buffer, rows, label, averaged=layout.averaged, wire=layout.wire, fill=fill)
     return results, total
 
 
-def _messages(
-    arrays: Sequence[Array], gradient_count: int, wire: np.dtype[Any] | None
-) -> Iterator[tuple[np.dtype[Any], np.dtype[Any] | None, list[int]]]:
-    """Yield per message its dtype here and on the way, and which arrays are in it, in order; at least one."""
+@dataclass(frozen=True)
+class _Layout:
+    """Where the arrays of one message are in its buffer: those of one dtype, what is averaged before what is summed."""
+
+    dtype: np.dtype[Any]
+    wire: np.dtype[Any] | None
+    members: tuple[int, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    begins: tuple[int, ...]
+    ends: tuple[int, ...]
+    averaged: int
+    """Elements, from the first, that are averaged."""
+
+
+@functools.lru_cache(maxsize=64)  # a step's arrays are the same kinds each time
+def _layouts(
+    kinds: tuple[tuple[tuple[int, ...], np.dtype[Any]], ...],
+    gradient_count: int,
+    averaged_count: int,
+    wire: np.dtype[Any] | None,
+) -> tuple[_Layout, ...]:
+    """Return one per message, at least one."""
     groups: dict[Any, list[int]] = {}
-    for index, array in enumerate(arrays):
-        is_rounded = wire is not None and index < gradient_count and array.dtype == np.float32
-        groups.setdefault((array.dtype, wire if is_rounded else None), []).append(index)
+    for index, (_, dtype) in enumerate(kinds):
+        is_rounded = wire is not None and index < gradient_count and dtype == np.float32
+        groups.setdefault((dtype, wire if is_rounded else None), []).append(index)
+    layouts = []
     for (dtype, travels), members in (groups or {(np.dtype(np.float32), None): []}).items():
-        yield dtype, travels, members
+        shapes = tuple(kinds[index][0] for index in members)
+        begins, ends, end = [], [], 0
+        for shape in shapes:
+            size = math.prod(shape)
+            begins.append(end + (-end % (_ALIGNED // dtype.itemsize) if size >= _LARGE else 0))
+            end = begins[-1] + size
+            ends.append(end)
+        averaged = max((end for index, end in zip(members, ends, strict=True) if index < averaged_count), default=0)
+        layouts.append(_Layout(dtype, travels, tuple(members), shapes, tuple(begins), tuple(ends), averaged))
+    return tuple(layouts)
 
 
-def _slots(ring: Ring, shapes: Sequence[tuple[int, ...]], dtype: np.dtype[Any]) -> tuple[list[Array], Array]:
-    """Return an array per shape, all of them in one buffer, and that."""
-    spans, end = [], 0
-    for shape in shapes:
-        size = int(np.prod(shape))
-        begin = end + (-end % (_ALIGNED // dtype.itemsize) if size >= _LARGE else 0)
-        spans.append((end, begin, begin + size))
-        end = begin + size
-    raw = ring.empty(end * dtype.itemsize + _ALIGNED, np.uint8)
+def _slots(ring: Ring, layout: _Layout) -> tuple[list[Array], Array]:
+    """Return an array per member, all of them in one buffer, and that."""
+    size = layout.ends[-1] if layout.ends else 0
+    raw = ring.empty(size * layout.dtype.itemsize + _ALIGNED, np.uint8)
     skipped = -raw.ctypes.data % _ALIGNED
-    buffer = raw[skipped : skipped + end * dtype.itemsize].view(dtype)
-    for previous_end, begin, _ in spans:
-        buffer[previous_end:begin] = 0  # padding travels, too
-    return [buffer[begin:end].reshape(shape) for (_, begin, end), shape in zip(spans, shapes, strict=True)], buffer
+    buffer = raw[skipped : skipped + size * layout.dtype.itemsize].view(layout.dtype)
+    for end, begin in zip((0, *layout.ends), layout.begins, strict=False):
+        if begin > end:
+            buffer[end:begin] = 0  # padding travels, too
+    spans = zip(layout.begins, layout.ends, layout.shapes, strict=True)
+    return [buffer[begin:end].reshape(shape) for begin, end, shape in spans], buffer
 
 
-def _end_of(slot: Array, buffer: Array) -> int:
-    """Return where in `buffer` the numbers of `slot` end."""
-    return (slot.ctypes.data - buffer.ctypes.data) // buffer.itemsize + slot.size
+def _fill(
+    layout: _Layout, buffer: Array, arrays: Sequence[Array], factors: Sequence[float], begin: int, end: int
+) -> None:
+    """Put the arrays, times their factors, into the buffer from `begin` to `end`; a factor of 0 makes anything 0."""
+    for index in range(bisect.bisect_right(layout.ends, begin), len(arrays)):
+        first, last = max(begin, layout.begins[index]), min(end, layout.ends[index])
+        if layout.begins[index] >= end:
+            break
+        slot, factor = buffer[first:last], factors[index]
+        given = arrays[index][first - layout.begins[index] : last - layout.begins[index]]
+        if factor == 1:
+            slot[...] = given
+        elif factor:
+            np.multiply(given, layout.dtype.type(factor), out=slot)
+        else:
+            slot[...] = 0

@@ -31,7 +31,7 @@ import socket
 import struct
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,10 +43,12 @@ from tfos_magic.errors import RendezvousError, StalledError, TfosError
 from tfos_magic.training.neighbours import OFFER, PLACE, SHARED_FROM_BYTES, Lender, Window
 
 Array = npt.NDArray[Any]
+Fill = Callable[[int, int], None]
+"""Puts this node's numbers in their places, from the one up to the other."""
 
 _HEADER = struct.Struct("<QQ8s64s")  # sequence number, elements, dtype, label
 _SEGMENT = 1 << 16
-"""Elements that are received, then added while they are still in the processor's cache."""
+"""Elements that are filled in, received, added and divided one after the other, while in the processor's cache."""
 _NONCE_BYTES = 16
 _PROOF_BYTES = 32
 _RANK = struct.Struct("<I")
@@ -144,6 +146,7 @@ class Ring:
         self._label = ""
         self._outgoing: deque[memoryview] = deque()
         self._shows = self._sees = False  # large chunks of the collective that is going on
+        self._is_read = False  # by the next node, which has not said yet that it is through
         for link in (to_next, from_previous):
             _tune(link)
 
@@ -196,6 +199,8 @@ class Ring:
         dtype = np.dtype(dtype)
         if self._lender is None or size * dtype.itemsize < SHARED_FROM_BYTES:
             return np.empty(size, dtype)
+        with self._failing(self._label):
+            self._settle()
         return self._lender.empty(size * dtype.itemsize).view(dtype)
 
     # --- collectives ------------------------------------------------------------------------------------------
@@ -220,10 +225,18 @@ class Ring:
         total = self._copy(values)
         with self._failing(label):
             self._all_reduce(total, label)
+            self._settle()
         return total
 
     def average(
-        self, values: Array, weight: float, label: str, *, averaged: int | None = None, wire: Any = None
+        self,
+        values: Array,
+        weight: float,
+        label: str,
+        *,
+        averaged: int | None = None,
+        wire: Any = None,
+        fill: Fill | None = None,
     ) -> float:
         """Put the weighted mean over all nodes into `values`; every node gets the same bits.
 
@@ -239,6 +252,10 @@ class Ring:
         wire : dtype, optional
             What the numbers are while they travel, say bfloat16. Sums are taken in the array's own dtype, and rounded
             once per hop.
+        fill : callable, optional
+            Called with begin and end of each part of `values` shortly before it is needed, once, to put this node's
+            numbers there. `values` may then be read when this returns, but not be written to before the next call of
+            the ring.
 
         Returns
         -------
@@ -251,7 +268,11 @@ class Ring:
             As in :meth:`all_reduce`.
         """
         with self._failing(label), np.errstate(invalid="ignore", over="ignore"):
-            return self._all_reduce(values, label, weight, values.size if averaged is None else averaged, wire)
+            count = values.size if averaged is None else averaged
+            total = self._all_reduce(values, label, weight, count, wire, fill)
+            if fill is None:
+                self._settle()
+            return total
 
     def gather(self, values: Array, label: str) -> Array:
         """Return every node's `values` as rows of one array, in ring order."""
@@ -279,6 +300,7 @@ class Ring:
         # Sums with zeros: twice what passing the parts around would move, and one algorithm less.
         with self._failing(label):
             self._all_reduce(joined.reshape(-1), label)
+            self._settle()
         return joined, counts
 
     @contextlib.contextmanager
@@ -298,33 +320,50 @@ class Ring:
             raise self.failure from error
 
     def _all_reduce(
-        self, total: Array, label: str, weight: float = 0.0, averaged: int = 0, wire: np.dtype[Any] | None = None
+        self,
+        total: Array,
+        label: str,
+        weight: float = 0.0,
+        averaged: int = 0,
+        wire: np.dtype[Any] | None = None,
+        fill: Fill | None = None,
     ) -> float:
         size, rank = self.plan.size, self.plan.rank
+        self._settle()
         is_large = total.size // size * (wire or total.dtype).itemsize >= SHARED_FROM_BYTES
         self._shows, self._sees = is_large and self._lender is not None, is_large and self._window is not None
-        work = self._showable(total) if wire is None else total
-        bounds = np.linspace(0, total.size, size + 1).astype(int)
+        work = total
+        if wire is None and not self._is_showable(total):
+            if fill is not None:
+                fill(0, total.size)
+                fill = None
+            work = self._copy(total)
+        bounds = [total.size * i // size for i in range(size + 1)]
         chunks = [work[bounds[i] : bounds[i + 1]] for i in range(size)]
-        weights = np.full(size, weight, np.float64)  # of those whose numbers are in the chunk
-        self._announce(total, label, wire)
         travelling = chunks if wire is None else [self.empty(chunk.size, wire) for chunk in chunks]
+        weights = np.full(size, weight, np.float64)  # of those whose numbers are in the chunk
+        theirs = np.empty(1, np.float64)
+        self._announce(total, label, wire)
+        if fill is not None:
+            fill(bounds[rank], bounds[rank + 1])
+        if wire is not None:
+            travelling[rank][...] = chunks[rank]
+        own = (rank + 1) % size
         for step in range(size - 1):
             sent, mine = (rank - step) % size, (rank - step - 1) % size
-            if wire is not None:
-                travelling[sent][...] = chunks[sent]
             self._send(weights[sent : sent + 1])
             self._send_chunk(travelling[sent])
             if step == 0:
                 self._check_announcement(total, label, wire)
-            self._add(weights[mine : mine + 1])
-            self._add_chunk(chunks[mine], wire)
-        own = (rank + 1) % size
-        share = chunks[own][: max(0, averaged - int(bounds[own]))]
-        if weights[own] and share.size:
-            np.divide(share, share.dtype.type(weights[own]), out=share)
-        if wire is not None:
-            travelling[own][...] = chunks[own]
+            self._receive(theirs)
+            weights[mine] += theirs[0]
+            begin = bounds[mine]
+            for part in self._add_chunk(chunks[mine], begin, wire, fill):
+                if mine == own and weights[own] and begin + part.start < averaged:
+                    share = chunks[own][part.start : min(part.stop, averaged - begin)]
+                    np.divide(share, share.dtype.type(weights[own]), out=share)
+                if wire is not None:
+                    travelling[mine][part] = chunks[mine][part]
         self._pass_around(travelling, own)
         if wire is not None:
             for chunk, bits in zip(chunks, travelling, strict=True):
@@ -333,11 +372,9 @@ class Ring:
             total[...] = work
         return float(weights[own])
 
-    def _showable(self, values: Array) -> Array:
-        """Return `values`, or a copy where the next node can read it, if it is to."""
-        if not self._shows or self._lender is None or self._lender.place_of(values) is not None:
-            return values
-        return self._copy(values)
+    def _is_showable(self, values: Array) -> bool:
+        """Tell whether the next node need not see `values`, or can where they are."""
+        return not self._shows or self._lender is None or self._lender.place_of(values) is not None
 
     def _copy(self, values: Array) -> Array:
         copy = self.empty(values.size, values.dtype)
@@ -345,15 +382,21 @@ class Ring:
         return copy
 
     def _pass_around(self, chunks: list[Array], own: int) -> None:
-        """Give the chunk that is summed here to all, and get theirs; return when nobody needs these arrays any more."""
+        """Give the chunk that is summed here to all, and get theirs; the next node may then still be reading them."""
         for step in range(self.plan.size - 1):
             self._send_chunk(chunks[(own - step) % self.plan.size])
             self._receive_chunk(chunks[(own - step - 1) % self.plan.size])
         if self._sees:
-            self._previous.send(_SEEN)
+            with contextlib.suppress(OSError):  # it may have ended: who has all it needs does not wait for this
+                self._previous.send(_SEEN)
         self._flush()
-        if self._shows:
+        self._is_read = self._shows
+
+    def _settle(self) -> None:
+        """Wait until the next node has read what it was shown last."""
+        if self._is_read:
             self._receive(np.empty(len(_SEEN), np.uint8), self._next)
+        self._is_read = False
 
     # --- messages ---------------------------------------------------------------------------------------------
 
@@ -391,17 +434,30 @@ class Ring:
         place = self._lender.place_of(chunk) if self._shows and self._lender is not None else None
         if place is None:
             self._send(chunk)
-            return
-        self._outgoing.append(memoryview(place))
-        self.bytes_sent += chunk.nbytes
+        else:
+            self._outgoing.append(memoryview(place))
+            self.bytes_sent += chunk.nbytes
         self._push()
 
-    def _add_chunk(self, mine: Array, wire: np.dtype[Any] | None) -> None:
+    def _add_chunk(
+        self, mine: Array, begin: int, wire: np.dtype[Any] | None, fill: Fill | None = None
+    ) -> Iterator[slice]:
+        """Add what the previous node has to the chunk that begins at `begin`; yield each part when it is done."""
         dtype = wire or mine.dtype
-        if self._sees:
-            np.add(mine, self._seen(mine.size * dtype.itemsize).view(dtype), out=mine)
-        else:
-            self._add(mine, dtype)
+        seen = self._seen(mine.size * dtype.itemsize).view(dtype) if self._sees else None
+        spare = np.empty(0 if self._sees else min(mine.size, _SEGMENT), dtype)
+        for start in range(0, mine.size, _SEGMENT):
+            where = slice(start, min(start + _SEGMENT, mine.size))
+            part = mine[where]
+            if fill is not None:
+                fill(begin + where.start, begin + where.stop)
+            if seen is not None:
+                theirs = seen[where]
+            else:
+                theirs = spare[: part.size]
+                self._receive(theirs)
+            np.add(part, theirs, out=part)
+            yield where
 
     def _receive_chunk(self, chunk: Array) -> None:
         if self._sees:
@@ -417,9 +473,9 @@ class Ring:
         return self._window.view(place.tobytes(), count_bytes)
 
     def _send(self, values: Array) -> None:
+        """Put it in the queue; it goes with what comes next."""
         if values.size:
             self._outgoing.append(_bytes_of(values))
-        self._push()
 
     def _push(self) -> None:
         """Send as much as the connection takes now."""
@@ -451,15 +507,6 @@ class Ring:
             if count == 0:
                 raise self._lost(self.plan.neighbour(1 if link is self._next else -1), self._label)
             view = view[count:]
-
-    def _add(self, mine: Array, dtype: Any = np.float64) -> None:
-        """Add what the previous node sends."""
-        spare = np.empty(min(mine.size, _SEGMENT), dtype)
-        for start in range(0, mine.size, _SEGMENT):
-            part = mine[start : start + _SEGMENT]
-            theirs = spare[: part.size]
-            self._receive(theirs)
-            np.add(part, theirs, out=part)
 
     def _flush(self) -> None:
         self._push()
