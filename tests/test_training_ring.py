@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import pytest
 from training_harness import held_ports
 
 from tfos_magic.errors import RendezvousError, StalledError
+from tfos_magic.training.neighbours import PLACE
 from tfos_magic.training.ring import PeerLostError, Ring, RingPlan
 
 
@@ -272,6 +274,36 @@ def test_a_node_that_is_lost_before_it_has_read_is_noticed() -> None:
         ring.all_reduce(np.zeros(300_000), "gradients")
 
     error, _ = on_ring(2, action)
+    assert isinstance(error, PeerLostError), error
+    assert error.peer == "worker:1"
+
+
+def test_a_reader_that_is_reset_is_named_and_not_the_other_neighbour() -> None:
+    """Nobody but the next node is at fault when it goes away with something unread, which resets its connection."""
+    has_gone = threading.Event()
+
+    def action(ring: Ring) -> Any:
+        if ring.plan.rank == 1:
+
+            def vanish(chunk: Any) -> None:
+                unread = 0
+                while unread < 2 * PLACE.size:  # until it has been told of the last chunk, too
+                    with contextlib.suppress(BlockingIOError):
+                        unread = len(ring._previous.recv(10_000, socket.MSG_PEEK))
+                    time.sleep(0.01)
+                for link in (ring._previous, ring._next):
+                    link.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                ring.close()
+                has_gone.set()
+                raise PeerLostError("gone", peer="")
+
+            ring._receive_chunk = vanish  # type: ignore[method-assign]
+        values = ring.empty(300_000, np.float32)
+        ring.average(values, 1.0, "mean", fill=lambda begin, end: values[begin:end].fill(1))
+        has_gone.wait(10)
+        ring.empty(300_000, np.float32)
+
+    error = on_ring(3, action)[0]
     assert isinstance(error, PeerLostError), error
     assert error.peer == "worker:1"
 

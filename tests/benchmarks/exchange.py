@@ -1,6 +1,6 @@
 """What the exchange of gradients costs: Keras ``fit`` of a model of a million parameters on 1 and 2 nodes.
 
-    python tests/benchmarks/exchange.py [--rounds 7] [--steps 150] [--pairs 40] [--only NAME…]
+    python tests/benchmarks/exchange.py [--rounds 7] [--steps 150] [--pairs 40] [--batches 128 256] [--only NAME…]
 
 A dense model 784-1024-192-10 (1,002,570 parameters), Adam, batch 64 per node, rows from memory. All rows of a round are
 measured one after the other, and ratios are taken within a round; each figure is that of all steps but the first
@@ -9,9 +9,13 @@ each), nodes have their part of the host's cores.
 
 * *two independent*: two plain processes at the same time, their samples per second added: what two cores can do at most
   when nothing is exchanged.
+* *2 nodes, one number*: they wait for each other at every step, but keep their gradients to themselves: what is lost by
+  waiting alone.
 * *2 nodes, over TCP*: as if they were on two hosts; by itself, a node reads its neighbour's memory where it can.
 * *MultiWorkerMirroredStrategy*: the loop that ``ctx.strategy``'s docstring recommends, on the same model, over gRPC and
   TensorFlow's own collectives.
+
+Then *2 nodes* against *two independent* again, with larger batches: what a step exchanges stays the same.
 
 Then what ``ctx.distribute`` adds on a single node: two models of one process, one of them distributed, fit an epoch in
 turns, and ratios are taken within a pair. On a machine that others use, too, the processor time is the steadier figure.
@@ -42,9 +46,9 @@ BATCH = 64
 PARAMETERS = 1_002_570
 EPOCHS = 4
 
-COMMON = f"""
+COMMON = """
 import sys, time, numpy as np, keras, tensorflow as tf
-BATCH, EPOCHS = {BATCH}, {EPOCHS}
+BATCH, EPOCHS = args.batch, args.epochs
 def build():
     keras.utils.set_random_seed(1)
     layers = [keras.Input((784,)), keras.layers.Dense(1024, "relu"), keras.layers.Dense(192, "relu")]
@@ -106,6 +110,13 @@ import functools
 from tfos_magic.training.ring import Ring
 Ring.connect = functools.partial(Ring.connect, shares_memory=False)
 """
+ONE_NUMBER = """
+import numpy as np
+from tfos_magic.training import exchange
+def average(ring, gradients, weighted, plain, rows, label, **kinds):
+    return [*gradients, *weighted, *plain], ring.average(np.ones(1, np.float32), rows, label)
+exchange.average = average
+"""
 LOOP = (
     "strategy = ctx.strategy()\n"
     + COMMON
@@ -140,13 +151,14 @@ steps * BATCH / (time.perf_counter() - began), 0
 
 Measure = Callable[[], tuple[float, float]]
 PLAIN, INDEPENDENT, MIRRORED = "one plain process", "two independent", "2 nodes, MultiWorkerMirroredStrategy"
-TWO, TCP = "2 nodes", "2 nodes, over TCP"
+TWO, BARE, TCP = "2 nodes", "2 nodes, one number", "2 nodes, over TCP"
 HALF, FOURTH = "2 nodes, --wire-dtype bfloat16", "2 nodes, --accumulate 4"
 COMPARED = (
     (PLAIN, None),
     (INDEPENDENT, PLAIN),
     (TWO, INDEPENDENT),
     (TWO, MIRRORED),
+    (BARE, INDEPENDENT),
     (TCP, INDEPENDENT),
     (MIRRORED, INDEPENDENT),
     (HALF, INDEPENDENT),
@@ -160,6 +172,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--pairs", type=int, default=40)
+    parser.add_argument("--batches", type=int, nargs="*", default=[128, 256], help="rows per node, besides 64")
     parser.add_argument("--only", nargs="*", default=[], help="names of the rows to measure; all when left away")
     options = parser.parse_args()
     spark = local_spark(5)
@@ -168,6 +181,8 @@ def main() -> None:
     wanted = [name for name in rows if not options.only or name in options.only]
     rounds = [{name: rows[name]() for name in wanted} for _ in range(options.rounds)]
     print_table("Training, dense model of 1 M parameters, batch 64 per node", speed_table(rounds))
+    if options.batches:
+        print_table("The same model, by rows per node and step", batch_table(spark, options))
     if not options.only:
         print_table("What ctx.distribute adds on one node", one_node_table(spark, options.steps, options.pairs))
         sent = {2: rounds[-1][TWO][1], 4: on_nodes(spark, 4, 20)[1]}
@@ -175,16 +190,17 @@ def main() -> None:
     spark.stop()
 
 
-def measures(spark: Any, steps: int) -> dict[str, Measure]:
+def measures(spark: Any, steps: int, batch: int = BATCH) -> dict[str, Measure]:
     """Return per row what measures it: samples/s, and bytes sent per step and node."""
 
     def nodes(count: int, cell: str = FIT, **training: Any) -> Measure:
-        return lambda: on_nodes(spark, count, steps, cell, **training)
+        return lambda: on_nodes(spark, count, steps, cell, batch=batch, **training)
 
     return {
-        PLAIN: lambda: plain_fits(1, steps),
-        INDEPENDENT: lambda: plain_fits(2, steps),
+        PLAIN: lambda: plain_fits(1, steps, batch),
+        INDEPENDENT: lambda: plain_fits(2, steps, batch),
         TWO: nodes(2),
+        BARE: nodes(2, ONE_NUMBER + FIT),
         TCP: nodes(2, OVER_TCP + FIT),
         MIRRORED: nodes(2, LOOP),
         HALF: nodes(2, wire_dtype="bfloat16"),
@@ -196,7 +212,7 @@ def speed_table(rounds: Sequence[dict[str, tuple[float, float]]]) -> list[tuple[
     """Return the rows that were measured, ratios taken within each round."""
     table: list[tuple[str, ...]] = [("fit", "samples/s", "against", "ratio", "min-max")]
     for name, reference in COMPARED:
-        if name not in rounds[0]:
+        if name not in rounds[0] or (reference == MIRRORED and reference not in rounds[0]):
             continue
         figures = f"{median([each[name][0] for each in rounds]):,.0f}"
         if reference not in rounds[0]:
@@ -207,9 +223,26 @@ def speed_table(rounds: Sequence[dict[str, tuple[float, float]]]) -> list[tuple[
     return table
 
 
+def batch_table(spark: Any, options: argparse.Namespace) -> list[tuple[str, ...]]:
+    """Return how two nodes compare with two independent processes, per size of batch."""
+    table: list[tuple[str, ...]] = [("rows", f"{INDEPENDENT}, samples/s", f"{TWO}, samples/s", "ratio", "min-max")]
+    for batch in options.batches:
+        rows = measures(spark, options.steps, batch)
+        rounds = [(rows[INDEPENDENT]()[0], rows[TWO]()[0]) for _ in range(options.rounds)]
+        ratios = [ours / theirs for theirs, ours in rounds]
+        theirs, ours = (f"{median(figures):,.0f}" for figures in zip(*rounds, strict=True))
+        table.append((str(batch), theirs, ours, f"{median(ratios):.2f}", spread(ratios)))
+    return table
+
+
+def settings(steps: int, batch: int = BATCH, *, fixed: bool = False) -> dict[str, Any]:
+    """Return what a cell finds in `args`."""
+    return {"steps": steps, "batch": batch, "epochs": EPOCHS, "fixed": fixed}
+
+
 def one_node_table(spark: Any, steps: int, pairs: int) -> list[tuple[str, ...]]:
     """Return the cost of a step of a plain and of a distributed model, measured in turns."""
-    args = {"steps": steps, "fixed": False, "pairs": pairs}
+    args = {**settings(steps), "pairs": pairs}
     (found,) = run_cell(spark, PAIRS, 1, args=args, preload=("tensorflow",)).values
     table: list[tuple[str, ...]] = [("per step", "plain fit", "1 node", "ratio, median", "quartiles")]
     for number, name in enumerate(("wall time", "processor time")):
@@ -230,9 +263,9 @@ def bytes_table(sent: dict[int, float]) -> list[tuple[str, ...]]:
     return table
 
 
-def plain_fits(count: int, steps: int) -> tuple[float, float]:
+def plain_fits(count: int, steps: int, batch: int) -> tuple[float, float]:
     """Return the samples/s of `count` processes that train at the same time, each by itself."""
-    begin = f"import types\nargs = types.SimpleNamespace(steps={steps}, fixed=False)\nctx = None\n"
+    begin = f"import types\nargs = types.SimpleNamespace(**{settings(steps, batch)})\nctx = None\n"
     meet = "def meet():\n    print('ready', flush=True)\n    sys.stdin.readline()\n"
     lines = FIT.strip().split("\n")
     code = "\n".join([begin + meet, *lines[:-1], f"print(({lines[-1]})[0])"])
@@ -256,13 +289,15 @@ def plain_fits(count: int, steps: int) -> tuple[float, float]:
     return sum(float(process.communicate()[0]) for process in processes), 0.0
 
 
-def on_nodes(spark: Any, count: int, steps: int, cell: str = FIT, **training: Any) -> tuple[float, float]:
+def on_nodes(
+    spark: Any, count: int, steps: int, cell: str = FIT, *, batch: int = BATCH, **training: Any
+) -> tuple[float, float]:
     """Return the samples/s of all nodes, and the bytes that each sends per step."""
     values = run_cell(
         spark,
         "meet = lambda: None\n" + cell,
         count,
-        args={"steps": steps, "fixed": cell is LOOP},
+        args=settings(steps, batch, fixed=cell is LOOP),
         preload=("tensorflow",),
         training=TrainingOptions(**training),
     ).values

@@ -54,8 +54,8 @@ class _Part:
 class Lender:
     """Arrays in memory that the next node can read.
 
-    A part of the file is used again when nobody here holds the array any more. Whoever shows one to the neighbour holds
-    it until that has said that it has read it.
+    A part of the file is used again when nobody here holds the array any more. Whoever shows one to the neighbour must
+    not ask for another before that has said that it has read it, unless it holds the one it showed.
     """
 
     def __init__(self) -> None:

@@ -195,6 +195,11 @@ class Ring:
         """Return an array, one-dimensional, of undefined numbers; where the next node can read it, if it is large.
 
         What is to be averaged or summed may lie anywhere, but from here it need not be copied.
+
+        Raises
+        ------
+        PeerLostError
+            The next node went away while it was reading what the last collective showed it.
         """
         dtype = np.dtype(dtype)
         if self._lender is None or size * dtype.itemsize < SHARED_FROM_BYTES:
@@ -254,8 +259,8 @@ class Ring:
             once per hop.
         fill : callable, optional
             Called with begin and end of each part of `values` shortly before it is needed, once, to put this node's
-            numbers there. `values` may then be read when this returns, but not be written to before the next call of
-            the ring.
+            numbers there. `values` may then be read when this returns, but not be written to before the next
+            collective.
 
         Returns
         -------
@@ -387,7 +392,7 @@ class Ring:
             self._send_chunk(chunks[(own - step) % self.plan.size])
             self._receive_chunk(chunks[(own - step - 1) % self.plan.size])
         if self._sees:
-            with contextlib.suppress(OSError):  # it may have ended: who has all it needs does not wait for this
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # who has all it needs may have ended
                 self._previous.send(_SEEN)
         self._flush()
         self._is_read = self._shows
@@ -496,6 +501,7 @@ class Ring:
     def _receive(self, values: Array, link: socket.socket | None = None) -> None:
         """Fill `values` from the previous node, or from the next one's answers, sending on meanwhile."""
         link = link or self._previous
+        whose = self.plan.neighbour(1 if link is self._next else -1)
         view = _bytes_of(values)
         while len(view):
             self._push()
@@ -504,8 +510,10 @@ class Ring:
             except BlockingIOError:
                 self._wait(link)
                 continue
+            except OSError as error:
+                raise self._lost(whose, self._label, error) from error
             if count == 0:
-                raise self._lost(self.plan.neighbour(1 if link is self._next else -1), self._label)
+                raise self._lost(whose, self._label)
             view = view[count:]
 
     def _flush(self) -> None:
