@@ -385,8 +385,6 @@ CALLBACKS = (
 
 TABLE = {row.name: row for row in (*MODELS, *OPTIMIZERS, *GRADIENTS, *OPTIONS, *METRICS, *CALLBACKS)}
 FAST = ("dense", "embedding", "synchronised")
-ONE_NODE = ("dense", "jit_compile", "checkpoint")
-FOUR_NODES = ("embedding", "batch_norm", "synchronised", "adamw", "chief_decides")
 OLDEST = (
     "several_ends",
     "adamw",
