@@ -230,7 +230,6 @@ class Ring:
         total = self._copy(values)
         with self._failing(label):
             self._all_reduce(total, label)
-            self._settle()
         return total
 
     def average(
@@ -273,11 +272,7 @@ class Ring:
             As in :meth:`all_reduce`.
         """
         with self._failing(label), np.errstate(invalid="ignore", over="ignore"):
-            count = values.size if averaged is None else averaged
-            total = self._all_reduce(values, label, weight, count, wire, fill)
-            if fill is None:
-                self._settle()
-            return total
+            return self._all_reduce(values, label, weight, values.size if averaged is None else averaged, wire, fill)
 
     def gather(self, values: Array, label: str) -> Array:
         """Return every node's `values` as rows of one array, in ring order."""
@@ -305,7 +300,6 @@ class Ring:
         # Sums with zeros: twice what passing the parts around would move, and one algorithm less.
         with self._failing(label):
             self._all_reduce(joined.reshape(-1), label)
-            self._settle()
         return joined, counts
 
     @contextlib.contextmanager
@@ -375,6 +369,8 @@ class Ring:
                 chunk[...] = bits  # all nodes take what has travelled, also who summed it
         if work is not total:
             total[...] = work
+        if fill is None:
+            self._settle()  # the caller may write to it at once
         return float(weights[own])
 
     def _is_showable(self, values: Array) -> bool:
@@ -444,9 +440,7 @@ class Ring:
             self.bytes_sent += chunk.nbytes
         self._push()
 
-    def _add_chunk(
-        self, mine: Array, begin: int, wire: np.dtype[Any] | None, fill: Fill | None = None
-    ) -> Iterator[slice]:
+    def _add_chunk(self, mine: Array, begin: int, wire: np.dtype[Any] | None, fill: Fill | None) -> Iterator[slice]:
         """Add what the previous node has to the chunk that begins at `begin`; yield each part when it is done."""
         dtype = wire or mine.dtype
         seen = self._seen(mine.size * dtype.itemsize).view(dtype) if self._sees else None
